@@ -1,0 +1,135 @@
+"""Objects that parameters may name by `_target_`: optimizers, learning-rate schedulers and image transforms.
+
+Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules and nowhere
+else. Names and arguments are checked against the modules' source text, without importing it: importing
+torch takes longer than the two seconds in which a wrong parameter has to be refused.
+"""
+
+import ast
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+TORCH_DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the three modules and the base class that its objects have."""
+
+    module: str
+    base: str
+    not_for_params: tuple[str, ...] = ()  # need an argument that YAML cannot give, or another loop
+
+
+OPTIMIZER = Kind("torch.optim", "Optimizer", ("LBFGS", "SparseAdam", "Muon"))
+LR_SCHEDULER = Kind(
+    "torch.optim.lr_scheduler",
+    "LRScheduler",
+    ("ReduceLROnPlateau", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"),
+)
+TRANSFORM = Kind("torchvision.transforms.v2", "Transform", ("Lambda",))
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Every class defined in the module's file, or in the files of its package, from their text."""
+    top, _, rest = module.partition(".")
+    spec = find_spec(top)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{top} is not installed: run make repro, or pip install -r requirements.txt")
+    place = Path(spec.origin).parent.joinpath(*rest.split("."))
+    files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    return {
+        node.name: node
+        for file in files
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def _bases(name: str, classes: dict[str, ast.ClassDef]) -> list[str]:
+    """The class and those it inherits from, nearest first, as far as the module defines them."""
+    names = [name]
+    for base in classes[name].bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            names += _bases(base.id, classes)
+    return names
+
+
+@cache
+def allowed_names(kind: Kind) -> list[str]:
+    """The class names that a parameter may ask for."""
+    classes = _classes(kind.module)
+    return sorted(
+        name
+        for name in classes
+        if not name.startswith("_")
+        and name != kind.base
+        and name not in kind.not_for_params
+        and kind.base in _bases(name, classes)
+    )
+
+
+@cache
+def argument_names(kind: Kind, name: str) -> list[str]:
+    """The arguments of a class's constructor, less the parameters or the optimizer that the caller passes."""
+    classes = _classes(kind.module)
+    for owner in _bases(name, classes):
+        for node in classes[owner].body:
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if node.args.vararg:  # Compose-like transforms that take *args are not configurable by name
+                    return []
+                return [n for n in names if n not in ("self", "params", "optimizer")]
+    return []
+
+
+def target_fault(node: Any, kind: Kind) -> str | None:
+    """What is wrong with a `_target_` mapping, in one line, or None. Transforms may hold transforms."""
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        return f"needs a _target_, the path of a class in {kind.module}"
+    module, _, name = node["_target_"].rpartition(".")
+    names = allowed_names(kind)
+    if module != kind.module or name not in names:
+        return f"_target_ = {node['_target_']!r}: allowed are the classes {kind.module}.<name>: {', '.join(names)}"
+    arguments = argument_names(kind, name)
+    for key, value in node.items():
+        if key != "_target_" and key not in arguments:
+            return f"{name} has no argument {key!r}; its arguments are {', '.join(arguments)}"
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict) and "_target_" in item:
+                fault = target_fault(item, kind)
+                if fault:
+                    return fault
+    return None
+
+
+def build(node: dict[str, Any], kind: Kind, *args: Any) -> Any:
+    """Import and construct what a checked `_target_` mapping names, with `args` before its own arguments.
+
+    Raises:
+        ValueError: the mapping is not allowed, or the class refuses the values of its arguments.
+    """
+    fault = target_fault(node, kind)
+    if fault:
+        raise ValueError(fault)
+    cls = getattr(importlib.import_module(kind.module), node["_target_"].rpartition(".")[2])
+    kwargs = {key: _value(value, kind) for key, value in node.items() if key != "_target_"}
+    try:
+        return cls(*args, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{node['_target_']}: {error}") from None
+
+
+def _value(value: Any, kind: Kind) -> Any:
+    if isinstance(value, list):
+        return [_value(item, kind) for item in value]
+    if isinstance(value, dict) and "_target_" in value:
+        return build(value, kind)
+    if isinstance(value, str) and value.removeprefix("torch.") in TORCH_DTYPES and value.startswith("torch."):
+        return getattr(importlib.import_module("torch"), value.removeprefix("torch."))
+    return value
