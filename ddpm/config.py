@@ -4,20 +4,20 @@ This module imports neither torch nor numpy: a wrong value has to stop a stage w
 environment that makes results reproducible has to be set before either is loaded.
 """
 
-import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from yaml import YAMLError
 
 from ddpm.errors import UserError
-from ddpm.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, Kind, target_fault
+from ddpm.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, near, shown, target_faults
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -30,72 +30,90 @@ class Section(BaseModel):
 
 
 class Runtime(Section):
+    """What to compute on, and whether the bytes have to be the same elsewhere."""
+
     device: Literal["auto", "cpu", "cuda"]
     reproducible: bool
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
+
+    @field_validator("threads")
+    @classmethod
+    def _threads_are_fixed(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("reproducible") and value is None:
+            raise ValueError("should be a number where runtime.reproducible is true, since the bytes depend on it")
+        return value
 
 
 class Dataset(Section):
+    """The images, and how many of them."""
+
     name: Literal["digits", "cifar10", "mnist", "fashion_mnist", "folder"]
     path: Annotated[str, Field(min_length=1)]
     image_size: Annotated[int, Field(ge=4, le=1024)]
     channels: Literal[1, 3]
     test_fraction: Fraction
-    subset: Count | Fraction | None
+    subset: int | float | None
     on_broken: Literal["stop", "skip"]
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        if type(value) is not int:  # Literal would take True and 1.0 for 1
+            raise ValueError("should be 1 or 3")
+        return value
+
+    @field_validator("subset", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if value is None or (type(value) is int and 1 <= value < 2**31) or (type(value) is float and 0 < value < 1):
+            return value
+        raise ValueError("should be null, a count from 1 up, or a fraction between 0 and 1")
 
 
 class Model(Section):
+    """The network; see ddpm/unet.py."""
+
     base_channels: Count
     channel_multipliers: Annotated[list[Count], Field(min_length=1, max_length=8)]
     blocks_per_level: Count
-    attention_resolutions: list[Count]
+    attention: list[bool]
     dropout: Probability
     norm_groups: Count
 
 
 class Diffusion(Section):
+    """The noise schedule and what the network predicts; see ddpm/diffusion.py."""
+
     timesteps: Annotated[int, Field(ge=2, le=100_000)]
     schedule: Literal["linear", "cosine"]
     beta_start: Fraction
     beta_end: Fraction
     prediction: Literal["epsilon", "x0", "v"]
 
-    @model_validator(mode="after")
-    def _betas_rise(self) -> "Diffusion":
-        if self.beta_start >= self.beta_end:
-            raise ValueError(f"beta_start must be below beta_end ({self.beta_end})")
-        return self
+    @field_validator("beta_end")
+    @classmethod
+    def _betas_rise(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("beta_start", 0) >= value:
+            raise ValueError(f"should be above diffusion.beta_start = {info.data['beta_start']}")
+        return value
 
 
 class Instance(BaseModel):
-    """An object named by `_target_`, with its own arguments beside it."""
+    """An object named by `_target_`, with its own arguments beside it (see `_target_lines`)."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     target: str = Field(alias="_target_")
 
 
 class Optimizer(Instance):
-    lr: Annotated[float, Field(gt=0)]
+    """An optimizer of torch; its learning rate is the peak."""
 
-    @model_validator(mode="after")
-    def _bounds(self) -> "Optimizer":
-        extra = self.model_extra or {}
-        for name, low, high in (("momentum", 0, 1), ("weight_decay", 0, float("inf")), ("eps", 0, float("inf"))):
-            value = extra.get(name)
-            if value is not None and not (_is_number(value) and low <= value < high):
-                raise ValueError(f"{name} must be a number in [{low}, {high})")
-        betas = extra.get("betas")
-        if betas is not None and not (
-            isinstance(betas, list)
-            and len(betas) == 2
-            and all(map(_is_number, betas))
-            and 0 <= betas[0] < betas[1] < 1
-        ):
-            raise ValueError("betas must be two numbers with 0 <= beta1 < beta2 < 1")
-        return self
+    lr: Annotated[float, Field(gt=0)]
 
 
 class Train(Section):
+    """The training loop; see ddpm/training.py."""
+
     seed: Seed
     epochs: Count | None
     steps: Count | None
@@ -111,14 +129,19 @@ class Train(Section):
     sample_every: Annotated[int, Field(ge=0)]
     save_every: Annotated[float, Field(gt=0)]
 
-    @model_validator(mode="after")
-    def _one_length(self) -> "Train":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("set exactly one of epochs and steps, and the other to null")
-        return self
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if "epochs" in info.data and (info.data["epochs"] is None) == (value is None):
+            raise ValueError(
+                f"set exactly one of train.epochs (now {info.data['epochs']}) and train.steps, the other to null"
+            )
+        return value
 
 
 class Sample(Section):
+    """How samples are drawn; see ddpm/samplers.py."""
+
     seed: Seed
     count: Annotated[int, Field(ge=2)]
     batch_size: Count
@@ -131,6 +154,8 @@ class Sample(Section):
 
 
 class Evaluate(Section):
+    """How samples are compared with real images; see ddpm/metrics.py."""
+
     seed: Seed
     features: Literal["pixels", "inception"]
     inception_weights: str | None
@@ -139,9 +164,12 @@ class Evaluate(Section):
     kid_subset_size: Annotated[int, Field(ge=2)]
     batch_size: Count
     loss_bins: Count
+    loss_images: Count | None
 
 
 class Tracking(Section):
+    """Where the run is recorded beside its files; see ddpm/tracking.py."""
+
     wandb: Literal["auto", "online", "offline", "disabled"]
     project: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")]
 
@@ -160,29 +188,40 @@ class Params(Section):
     evaluate: Evaluate
     tracking: Tracking
 
-    @field_validator("optimizer", "lr_schedule", mode="after")
-    @classmethod
-    def _known(cls, value: Instance | None) -> Instance | None:
-        if value is not None:
-            _check_target(value.model_dump(by_alias=True), OPTIMIZER if isinstance(value, Optimizer) else LR_SCHEDULER)
-        return value
-
-    @field_validator("train", mode="after")
-    @classmethod
-    def _known_transforms(cls, value: Train) -> Train:
-        for transform in value.transforms:
-            _check_target(transform, TRANSFORM)
-        return value
-
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_target(node: dict[str, Any], kind: Kind) -> None:
-    fault = target_fault(node, kind)
-    if fault:
-        raise ValueError(fault)
+def _target_lines(tree: Any) -> Iterator[str]:
+    """Faults of what `_target_` names and of its arguments, which are torch's and so not in the schema.
+
+    Looked for in the plain tree, so that they are told together with the schema's own.
+    """
+    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
+    for name, kind in (("optimizer", OPTIMIZER), ("lr_schedule", LR_SCHEDULER)):
+        if isinstance(sections.get(name, {}).get("_target_"), str):  # else the schema tells it
+            yield from target_faults(sections[name], kind, name)
+    transforms = sections.get("train", {}).get("transforms")
+    for i, node in enumerate(transforms if isinstance(transforms, list) else []):
+        if isinstance(node, dict):
+            yield from target_faults(node, TRANSFORM, f"train.transforms.{i}")
+    yield from _optimizer_lines(sections.get("optimizer", {}))
+
+
+def _optimizer_lines(node: dict[str, Any]) -> Iterator[str]:
+    """Bounds of the arguments that most optimizers have; torch checks some of them, and only once data is read."""
+    bounds = {"momentum": (1, "below 1"), "weight_decay": (1000, "below 1000"), "eps": (1000, "below 1000")}
+    if str(node.get("_target_")).endswith(".Adafactor"):
+        del bounds["eps"]  # a pair
+    for name, (high, text) in bounds.items():
+        value = node.get(name)
+        if value is not None and not (_is_number(value) and 0 <= value < high):
+            yield f"optimizer.{name} = {shown(value)}: should be a number from 0 up and {text}"
+    betas = node.get("betas")
+    pair = isinstance(betas, list) and len(betas) == 2 and all(map(_is_number, betas))
+    if betas is not None and not (pair and 0 <= betas[0] < betas[1] < 1):
+        yield f"optimizer.betas = {shown(betas)}: should be two numbers with 0 <= beta1 < beta2 < 1"
 
 
 def _misfits(params: Params) -> list[str]:
@@ -202,12 +241,11 @@ def _misfits(params: Params) -> list[str]:
                 f"{model.base_channels} x {multiplier} = {model.base_channels * multiplier} is no multiple of it"
             )
             break
-    resolutions = [size >> level for level in range(len(model.channel_multipliers))]
-    for resolution in model.attention_resolutions:
-        if resolution not in resolutions and not size % stride:
-            faults.append(
-                f"model.attention_resolutions = {resolution}: no level has this size; the levels are {resolutions}"
-            )
+    if len(model.attention) != len(model.channel_multipliers):
+        faults.append(
+            f"model.attention = {shown(model.attention)}: must have one true or false for each of the "
+            f"{len(model.channel_multipliers)} levels of model.channel_multipliers"
+        )
     if params.sample.steps > params.diffusion.timesteps:
         faults.append(
             f"sample.steps = {params.sample.steps}: must be at most diffusion.timesteps = {params.diffusion.timesteps}"
@@ -228,19 +266,18 @@ def _field_names(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _line(error: Any) -> str:
-    loc = tuple(part for part in error["loc"] if not (isinstance(part, str) and part[:1].isupper()))
-    path = ".".join(map(str, loc)) or "(file)"
-    if error["type"] == "extra_forbidden":
-        names = _field_names(loc)
-        close = difflib.get_close_matches(str(loc[-1]), names, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        return f"{path} = {error['input']!r}: unknown key{hint}; allowed: {', '.join(names)}"
+    loc = error["loc"]
+    path = ".".join(map(str, loc))
     if error["type"] == "missing":
         return f"{path}: missing; add it, or compose the file again from conf/ (make params)"
-    message = error["msg"].removeprefix("Value error, ")
-    if isinstance(error["input"], dict | BaseModel):
-        return f"{path}: {message}"
-    return f"{path} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+    if error["type"] == "extra_forbidden":
+        names = _field_names(loc)
+        message = f"unknown key{near(str(loc[-1]), names)}; allowed: {', '.join(names)}"
+    elif error["type"] == "model_type":
+        message = "should be a section, with its settings indented below it"
+    else:
+        message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{path} = {shown(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def check(tree: Any, source: str = "params.yaml") -> Params:
@@ -249,15 +286,23 @@ def check(tree: Any, source: str = "params.yaml") -> Params:
     Raises:
         UserError: one line a fault, each with the path of the setting, its value and what is allowed.
     """
+    if not isinstance(tree, dict) or not tree.keys() & Params.model_fields.keys():
+        raise UserError(f"{source}: holds no section of parameters; compose it again from conf/ (make params)")
+    lines = list(_target_lines(tree))
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_line(fault) for fault in error.errors()))
+        lines = [_line(fault) for fault in error.errors()] + lines
     else:
-        lines = _misfits(params)
+        lines = lines or _misfits(params)
         if not lines:
             return params
-    raise UserError("\n".join(f"{source}: {line}" for line in lines))
+    told: dict[str, str] = {}  # the first fault of each setting
+    for line in lines:
+        told.setdefault(line.partition(" = ")[0], line)
+    # a key may hold a line break or a terminal's control characters
+    printable = (line if line.isprintable() else line.encode("unicode_escape").decode() for line in told.values())
+    raise UserError("\n".join(f"{source}: {line}" for line in printable))
 
 
 def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> Any:
@@ -267,10 +312,11 @@ def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> 
     the training and not after it. Read with OmegaConf, since PyYAML takes `1e-4` for a string.
     """
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run this in the repository's root") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not readable as YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is not readable as YAML: {reason[:300]}") from None
     params = check(tree, str(path))
     return SimpleNamespace(**{name: getattr(params, name) for name in sections})

@@ -6,7 +6,10 @@ torch takes longer than the two seconds in which a wrong parameter has to be ref
 """
 
 import ast
+import difflib
 import importlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -88,24 +91,54 @@ def argument_names(kind: Kind, name: str) -> list[str]:
     return []
 
 
-def target_fault(node: Any, kind: Kind) -> str | None:
-    """What is wrong with a `_target_` mapping, in one line, or None. Transforms may hold transforms."""
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and not longer than a person reads."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out integers of more than 4300 digits
+        text = "a number too long to show"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def near(name: str, names: list[str]) -> str:
+    """A hint at the allowed name that a misspelt one is close to, or nothing."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def target_faults(node: Any, kind: Kind, path: str) -> Iterator[str]:
+    """What is wrong with a `_target_` mapping at `path`, one line a fault. Transforms may hold transforms."""
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        return f"needs a _target_, the path of a class in {kind.module}"
+        yield f"{path} = {shown(node)}: needs a _target_, the path of a class in {kind.module}"
+        return
     module, _, name = node["_target_"].rpartition(".")
     names = allowed_names(kind)
     if module != kind.module or name not in names:
-        return f"_target_ = {node['_target_']!r}: allowed are the classes {kind.module}.<name>: {', '.join(names)}"
+        yield (
+            f"{path}._target_ = {shown(node['_target_'])}: unknown{near(name, names)}; "
+            f"allowed are the classes {kind.module}.<name>: {', '.join(names)}"
+        )
+        return
     arguments = argument_names(kind, name)
     for key, value in node.items():
         if key != "_target_" and key not in arguments:
-            return f"{name} has no argument {key!r}; its arguments are {', '.join(arguments)}"
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, dict) and "_target_" in item:
-                fault = target_fault(item, kind)
-                if fault:
-                    return fault
-    return None
+            yield (
+                f"{path}.{key} = {shown(value)}: {name} has no such argument{near(str(key), arguments)}; "
+                f"its arguments are {', '.join(arguments)}"
+            )
+        else:
+            yield from _value_faults(value, kind, f"{path}.{key}")
+
+
+def _value_faults(value: Any, kind: Kind, path: str) -> Iterator[str]:
+    """The same for an argument: objects may be named at any depth of its lists and mappings."""
+    if isinstance(value, dict) and "_target_" in value:
+        yield from target_faults(value, kind, path)
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _value_faults(item, kind, f"{path}.{key}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path} = {value}: must be a finite number"
 
 
 def build(node: dict[str, Any], kind: Kind, *args: Any) -> Any:
@@ -114,15 +147,15 @@ def build(node: dict[str, Any], kind: Kind, *args: Any) -> Any:
     Raises:
         ValueError: the mapping is not allowed, or the class refuses the values of its arguments.
     """
-    fault = target_fault(node, kind)
-    if fault:
+    for fault in target_faults(node, kind, kind.base.lower()):
         raise ValueError(fault)
     cls = getattr(importlib.import_module(kind.module), node["_target_"].rpartition(".")[2])
     kwargs = {key: _value(value, kind) for key, value in node.items() if key != "_target_"}
     try:
         return cls(*args, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{node['_target_']}: {error}") from None
+    except Exception as error:  # of whatever kind: the class is torch's own, so the fault is in the arguments
+        text = " ".join(f"{error}".split()) or type(error).__name__
+        raise ValueError(f"{node['_target_']}: {text}") from None
 
 
 def _value(value: Any, kind: Kind) -> Any:

@@ -1,0 +1,148 @@
+"""How good are the samples: distances to real images in a feature space (torch-fidelity), and the held-out loss."""
+
+from pickle import UnpicklingError
+from typing import Literal
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from torch_fidelity.registry import register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from ddpm.data import as_tensor
+from ddpm.diffusion import GaussianDiffusion
+from ddpm.errors import UserError
+from ddpm.images import to_model_range
+from ddpm.progress import Progress
+from ddpm.seeding import generator
+from ddpm.unet import UNet
+
+Features = Literal["pixels", "inception"]
+EXTRACTORS = {"pixels": ("pixels", "all"), "inception": ("inception-v3-compat", "2048")}
+
+
+class Pixels(FeatureExtractorBase):
+    """The pixels themselves, in [0, 1]: uint8 (B, C, H, W) to float64 (B, C * H * W)."""
+
+    def __init__(self, name: str, features_list: list[str], **_: object) -> None:
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("all",)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (images.flatten(1).double() / 255,)
+
+
+register_feature_extractor("pixels", Pixels)
+
+
+def extract_features(
+    images: np.ndarray, features: Features, weights: str | None, batch_size: int, device: torch.device
+) -> Tensor:
+    """Features of images: uint8 (N, H, W, C) to (N, D) on the CPU.
+
+    Args:
+        weights: a file with torch-fidelity's Inception weights; None downloads them.
+
+    Raises:
+        UserError: the weights are neither given nor to be downloaded.
+    """
+    name, layer = EXTRACTORS[features]
+    try:
+        extractor = create_feature_extractor(
+            name, [layer], cuda=device.type == "cuda", verbose=False, feature_extractor_weights_path=weights
+        )
+    except (OSError, URLError, RuntimeError, UnpicklingError) as error:
+        raise UserError(
+            f"params.yaml: evaluate.inception_weights = {weights!r}: {' '.join(str(error).split())[:200]}; give the "
+            f"file weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases, or use evaluate=pixels"
+        ) from None
+    out = []
+    with Progress(len(images), f"{features} features", "img") as bar, torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            batch = as_tensor(images[start : start + batch_size]).to(device)
+            if features == "inception" and batch.shape[1] == 1:
+                batch = batch.expand(-1, 3, -1, -1)
+            out.append(extractor(batch)[0].cpu())
+            bar.update(len(batch))
+    return torch.cat(out)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Between Gaussians fitted to two sets of features (N, D) (Heusel et al. 2017, eq. 6)."""
+    statistics = [fid_features_to_statistics(features.double()) for features in (a, b)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def compare(samples: Tensor, real: Tensor, *, neighbours: int, kid_subset_size: int, seed: int) -> dict[str, float]:
+    """Distances between features of samples and of real images, (N, D) and (M, D).
+
+    Returns:
+        frechet_distance, kid and its standard deviation over subsets (Binkowski et al. 2018), precision and recall
+        (Kynkaanniemi et al. 2019).
+    """
+    kid = kid_features_to_metric(
+        samples,
+        real,
+        kid_subset_size=min(kid_subset_size, len(samples), len(real)),
+        rng_seed=seed % 2**32,
+        verbose=False,
+    )
+    prc = prc_features_to_metric(samples, real, prc_neighborhood=neighbours, save_cpu_ram=True, verbose=False)
+    return {
+        "frechet_distance": frechet_distance(samples, real),
+        "kid": float(kid[KEY_METRIC_KID_MEAN]),
+        "kid_std": float(kid[KEY_METRIC_KID_STD]),
+        "precision": float(prc[KEY_METRIC_PRECISION]),
+        "recall": float(prc[KEY_METRIC_RECALL]),
+    }
+
+
+def real_floor(real: Tensor, seed: int) -> float:
+    """The Fréchet distance between two random halves of the real features (N, D): what a perfect model could reach
+    with as few samples as a half."""
+    order = torch.from_numpy(generator(seed, "halves").permutation(len(real)))
+    half = len(real) // 2
+    return frechet_distance(real[order[:half]], real[order[half:]])
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: UNet,
+    diffusion: GaussianDiffusion,
+    images: np.ndarray,
+    *,
+    bins: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> list[float]:
+    """The simple loss on images that were not trained on, by timestep.
+
+    Each image gets one timestep from each of `bins` equal ranges of [0, T), and fresh noise for each.
+
+    Args:
+        images: uint8 (N, H, W, C).
+
+    Returns:
+        The mean loss of each range, from clean to noisy. Their mean is the loss over uniform timesteps.
+    """
+    totals = np.zeros(bins)
+    with Progress(len(images) * bins, "held-out loss", "img") as bar:
+        for start in range(0, len(images), batch_size):
+            x0 = to_model_range(as_tensor(images[start : start + batch_size]).to(device))
+            draw = generator(seed, "held-out", start)
+            for i in range(bins):
+                u = (i + draw.random(len(x0))) / bins
+                t = torch.from_numpy((u * diffusion.timesteps).astype(np.int64)).to(device)
+                noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(device)
+                totals[i] += diffusion.losses(model, x0, t, noise).double().sum().item()
+                bar.update(len(x0))
+    return [float(value) for value in totals / len(images)]

@@ -1,0 +1,256 @@
+"""The U-Net of DDPM (Ho et al. 2020, appendix B): residual blocks, attention at chosen levels, time embedding.
+
+Module names and shapes are those of diffusers' `UNet2DModel`, so that weights pass both ways without conversion.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.config import Model
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net. Names follow diffusers; levels are counted from the full resolution down.
+
+    Attributes:
+        attention: one flag a level: self-attention after each of its residual blocks, down and up alike.
+        attention_head_dim: channels a head; None for a single head, as in the paper.
+    """
+
+    sample_size: int
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    attention: tuple[bool, ...]
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-6  # the paper's code; torch's default is 1e-5
+    attention_head_dim: int | None = None
+
+
+def unet_config(model: Model, image_size: int, channels: int) -> UNetConfig:
+    """The network that the parameters' `model` section describes, for images of this size (pixels)."""
+    return UNetConfig(
+        sample_size=image_size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(model.base_channels * multiplier for multiplier in model.channel_multipliers),
+        layers_per_block=model.blocks_per_level,
+        attention=tuple(model.attention),
+        dropout=model.dropout,
+        norm_num_groups=model.norm_groups,
+    )
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding, sines before cosines: t (B,) to float32 (B, dim).
+
+    Frequencies run from 1 to 1/10000 inclusive: the divisor is half - 1, as in the paper's code.
+    """
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device, dtype=torch.float32))
+    angles = t.float()[:, None] * freqs[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two layers over the sinusoidal embedding."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, conv, twice; the time embedding is added between the two."""
+
+    def __init__(self, c_in: int, c_out: int, time_channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, c_in, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, c_out)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, c_out, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, silu_temb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(silu_temb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.conv_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, with a residual connection."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.heads = channels // (config.attention_head_dim or channels)
+        self.group_norm = nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        tokens = self.group_norm(x).view(b, c, h * w).transpose(1, 2)
+        q, k, v = (
+            project(tokens).view(b, h * w, self.heads, c // self.heads).transpose(1, 2)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+        return x + self.to_out[0](out).transpose(1, 2).reshape(b, c, h, w)
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, padded on the right and bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """A level going down: residual blocks, each followed by attention where the level has it, then half the size."""
+
+    def __init__(self, c_in: int, c_out: int, attention: bool, last: bool, time: int, config: UNetConfig) -> None:
+        super().__init__()
+        n = config.layers_per_block
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, time, config) for i in range(n))
+        self.attentions = nn.ModuleList(Attention(c_out, config) for _ in range(n if attention else 0))
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+
+    def forward(self, x: Tensor, silu_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, silu_temb)
+            if self.attentions:
+                x = self.attentions[i](x)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the smallest size."""
+
+    def __init__(self, channels: int, time: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(channels, config)])
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time, config) for _ in range(2))
+
+    def forward(self, x: Tensor, silu_temb: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, silu_temb)), silu_temb)
+
+
+class UpBlock(nn.Module):
+    """One residual block more than on the way down: it also takes the skip of the level's entry."""
+
+    def __init__(
+        self, c_in: int, c_out: int, skips: list[int], attention: bool, last: bool, time: int, config: UNetConfig
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock((c_in if i == 0 else c_out) + skip, c_out, time, config) for i, skip in enumerate(skips)
+        )
+        self.attentions = nn.ModuleList(Attention(c_out, config) for _ in range(len(skips) if attention else 0))
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
+
+    def forward(self, x: Tensor, skips: list[Tensor], silu_temb: Tensor) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), silu_temb)
+            if self.attentions:
+                x = self.attentions[i](x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts epsilon, x0 or v from a noisy image and its timestep."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, levels = config.block_out_channels, len(config.block_out_channels)
+        time = widths[0] * 4
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], time)
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]
+        c = widths[0]
+        for level, width in enumerate(widths):
+            last = level == levels - 1
+            self.down_blocks.append(DownBlock(c, width, config.attention[level], last, time, config))
+            skips += [width] * (config.layers_per_block + (not last))
+            c = width
+        self.mid_block = MidBlock(c, time, config)
+        self.up_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(c, width, taken, config.attention[level], level == 0, time, config))
+            c = width
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: float (B, C, H, W) in about [-1, 1]; t: integer (B,) in [0, T). Returns (B, out_channels, H, W)."""
+        temb = F.silu(self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0])))
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new = block(x, temb)
+            skips += new
+        x = self.mid_block(x, temb)
+        for block in self.up_blocks:
+            x = block(x, skips, temb)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+@torch.no_grad()
+def initialise(unet: UNet, generator: torch.Generator) -> None:
+    """The paper's initial weights: uniform with variance 1 / fan_avg, zero biases, and zero for the last
+    convolution of each residual block, each attention output and the output, so that a new network is near
+    the identity and predicts zero."""
+    zero = {unet.conv_out}
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock):
+            zero.add(module.conv2)
+        elif isinstance(module, Attention):
+            zero.add(module.to_out[0])  # type: ignore[arg-type]
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if module in zero:
+                module.weight.zero_()
+            else:
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()

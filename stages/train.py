@@ -1,0 +1,54 @@
+"""train: data/prepared -> models/ddpm (averaged weights) and results/train (curves, pictures)."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ddpm.runtime import root, run_stage
+
+SECTIONS = ("runtime", "model", "diffusion", "optimizer", "lr_schedule", "train", "tracking")
+DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results/train")
+
+
+def main(params: Any) -> None:
+    # torch is imported here, after the environment that makes it reproducible is set
+    from ddpm.checkpoint import ResumeState, fingerprint
+    from ddpm.data import load_images, load_info
+    from ddpm.device import choose_device
+    from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+    from ddpm.pipeline_io import save_model
+    from ddpm.tracking import Tracker
+    from ddpm.training import Job, train
+    from ddpm.unet import UNet, unet_config
+
+    data = load_info(DATA)
+    images = load_images(DATA, "train")
+    config = {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
+    run = fingerprint(config, data["sha256"])
+    device = choose_device(params.runtime)
+    model = UNet(unet_config(params.model, image_size=data["shape"][0], channels=data["shape"][2]))
+    diffusion = DiffusionConfig(**params.diffusion.model_dump())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
+    with (
+        ResumeState(root() / ".state" / f"train-{run}") as state,
+        Tracker(str(RESULTS), params.tracking, config, run, "train") as tracker,
+    ):
+        pictures = state.folder / "pictures"  # kept with the state: DVC empties results/ when a run is taken up again
+        job = Job(
+            train=params.train,
+            optimizer=params.optimizer,
+            lr_schedule=params.lr_schedule,
+            diffusion=GaussianDiffusion(diffusion, device),
+            device=device,
+            tracker=tracker,
+            folder=pictures,
+        )
+        averaged = train(model, images, job, state)
+        tracker.finish()
+        shutil.copytree(pictures, RESULTS / "pictures", dirs_exist_ok=True)
+        save_model(MODEL, averaged, diffusion, provenance={"data": data, "params": config})
+        state.remove()
+
+
+if __name__ == "__main__":
+    run_stage(main, SECTIONS)

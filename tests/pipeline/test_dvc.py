@@ -1,0 +1,174 @@
+"""The real dvc in a scratch clone: what a user does with it."""
+
+import json
+import re
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from tests.conftest import ROOT
+
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+ORDER = ["prepare_data", "train", "sample", "evaluate"]
+
+
+def changed(clone) -> set[str]:
+    """The stages with a changed dependency or parameter of their own (not just a changed predecessor)."""
+    with Repo(str(clone.folder)) as repo:
+        return {name.rpartition(":")[2] for name in repo.status()}
+
+
+def test_a_run_makes_all_that_the_design_promises(smoke):
+    for path in (
+        "data/prepared/train/images.npy",
+        "data/prepared/dataset.json",
+        "models/ddpm/model_index.json",
+        "models/ddpm/unet/diffusion_pytorch_model.safetensors",
+        "results/train/metrics.json",
+        "results/train/pictures/inputs.png",
+        "results/train/pictures/samples_epoch_00001.png",
+        "samples/images.npy",
+        "results/sample/grid.png",
+        "results/sample/denoising.png",
+        "results/evaluate/metrics.json",
+        "results/evaluate/loss_by_timestep.json",
+    ):
+        assert (smoke.folder / path).is_file(), path
+    assert not list((smoke.folder / ".state").glob("*")), "the resume state outlived the run"
+
+
+def test_a_second_repro_does_nothing(smoke):
+    assert "up to date" in smoke.dvc("repro")
+    assert smoke.run("dvc", "status", "-q", check=False).returncode == 0
+    assert smoke.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_metrics_plots_and_experiments_are_shown(smoke, tmp_path):
+    metrics = json.loads(smoke.run("dvc", "metrics", "show", "--json").stdout)
+    values = metrics[""]["data"]["results/evaluate/metrics.json"]["data"]
+    assert values["frechet_distance"] > 0
+    assert {"kid", "precision", "recall", "held_out_loss", "frechet_distance_real_halves"} <= set(values)
+    smoke.dvc("plots", "show", "--out", str(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    for title in ("Training loss", "Learning rate", "Held-out loss by timestep", "grid.png", "samples_epoch_00001"):
+        assert title in page, title
+    assert "frechet_distance" in smoke.dvc("exp", "show", "--csv")
+
+
+def test_no_output_tells_the_time_or_the_machine(smoke):
+    import socket
+
+    for path in [*smoke.folder.glob("results/**/*"), *smoke.folder.glob("models/**/*")]:
+        if path.is_file():
+            content = path.read_bytes()
+            assert str(smoke.folder).encode() not in content, path
+            assert len(socket.gethostname()) < 6 or socket.gethostname().encode() not in content, path
+
+
+@pytest.mark.parametrize("module", sorted({dep for stage in GRAPH.values() for dep in stage["deps"] if ".py" in dep}))
+def test_a_changed_module_invalidates_exactly_the_stages_that_import_it(smoke, module):
+    path = smoke.folder / module
+    before = path.read_text()
+    try:
+        path.write_text(before + "\n# changed\n")
+        assert changed(smoke) == {stage for stage in ORDER if module in GRAPH[stage]["deps"]}
+    finally:
+        path.write_text(before)
+
+
+def other(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return [] if isinstance(value, list) and value else "other"
+
+
+def leaves(tree, path=()):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+PARAMS = sorted(leaves(yaml.safe_load((ROOT / "params.yaml").read_text())))
+
+
+@pytest.mark.parametrize("section", sorted({path[0] for path in PARAMS}))
+def test_a_changed_param_invalidates_exactly_the_stages_that_use_it(smoke, section):
+    path = smoke.folder / "params.yaml"
+    before = path.read_text()
+    try:
+        for leaf in (leaf for leaf in PARAMS if leaf[0] == section and leaf != ("dataset", "path")):
+            tree = yaml.safe_load(before)
+            place = tree
+            for key in leaf[:-1]:
+                place = place[key]
+            place[leaf[-1]] = other(place[leaf[-1]])
+            path.write_text(yaml.safe_dump(tree))
+            assert changed(smoke) == {stage for stage in ORDER if section in GRAPH[stage]["params"]}, leaf
+    finally:
+        path.write_text(before)
+
+
+def test_files_that_do_not_count_change_nothing(smoke):
+    for name in ("README.md", "conf/optimizer/adam.yaml", "data/raw/new.png", "ddpm/__pycache__/x.pyc", "new.txt"):
+        path = smoke.folder / name
+        before = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((before or b"") + b"\n# more\n")
+        try:
+            assert changed(smoke) == set(), name
+        finally:
+            if before is None:
+                path.unlink()
+            else:
+                path.write_bytes(before)
+
+
+def test_an_override_reaches_the_run_and_reruns_only_what_uses_it(smoke):
+    out = smoke.dvc("exp", "run", "-n", "ddpm-sampler", "-S", "+experiment=smoke", "-S", "sample.sampler=ddpm")
+    ran = re.findall(r"Running stage '(\w+)'", out)
+    assert ran == ["sample", "evaluate"]
+    assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
+    smoke.run("git", "checkout", "-q", ".")
+    smoke.dvc("checkout", "-q")
+    assert "ddpm-sampler" in smoke.dvc("exp", "list", "--name-only")
+
+
+def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
+    """The middle one diverges: it is told as failed, and the others are not harmed."""
+    smoke.dvc(
+        "exp", "run", "--queue", "-S", "+experiment=smoke", "-S", "optimizer=sgd", "-S", "train.grad_clip=null",
+        "-S", "optimizer.lr=1e-5,1e30,1e-2",
+    )  # fmt: skip
+    smoke.dvc("queue", "start", "-j", "1")
+    smoke.run("python", "-c", WAIT)
+    rows = json.loads(smoke.run("dvc", "exp", "show", "--json").stdout)
+    states = {}
+    for baseline in rows:
+        for experiment in baseline["experiments"] or []:
+            last = experiment["revs"][0]
+            rate = ((last["data"] or {}).get("params") or {}).get("params.yaml", {}).get("data", {}).get("optimizer")
+            status = (experiment["executor"] or {}).get("state") or ("failed" if last["error"] else "success")
+            if rate and "momentum" in rate:
+                states[rate["lr"]] = status
+    assert states == {1e-5: "success", 1e30: "failed", 1e-2: "success"}
+    log = smoke.dvc("queue", "status")
+    failed = next(line.split()[0] for line in log.splitlines() if "Failed" in line)
+    assert "training diverged" in smoke.dvc("queue", "logs", failed)
+
+
+WAIT = """
+import json, subprocess, time
+for _ in range(240):
+    out = subprocess.run(["dvc", "queue", "status"], capture_output=True, text=True).stdout
+    if "Queued" not in out and "Running" not in out:
+        break
+    time.sleep(1)
+else:
+    raise SystemExit(out)
+"""

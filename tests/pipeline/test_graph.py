@@ -1,0 +1,108 @@
+"""dvc.yaml says what the code does: each stage's deps and params are what it imports and uses."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.utils.hydra import compose_and_dump
+
+from ddpm.config import Params
+from tests.conftest import ROOT
+
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+STAGES = list(GRAPH)
+
+
+def imports(module: str, seen: set[str]) -> set[str]:
+    """The project's files that a module imports, anywhere in its text, directly or not."""
+    path = module.replace(".", "/") + ".py"
+    if path in seen or not (ROOT / path).exists():
+        return seen
+    seen.add(path)
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("ddpm", "stages"):
+            imports(str(node.module), seen)
+            for name in node.names:
+                imports(f"{node.module}.{name.name}", seen)
+        elif isinstance(node, ast.Import):
+            for name in node.names:
+                imports(name.name, seen)
+    return seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_code_deps_of_a_stage_are_its_import_closure(stage):
+    declared = {dep for dep in GRAPH[stage]["deps"] if dep.startswith(("ddpm/", "stages/"))}
+    closure = {path for path in imports(f"stages.{stage}", set()) if not path.endswith("__init__.py")}
+    assert declared == closure
+
+
+def test_package_files_that_no_stage_declares_are_empty():
+    assert (ROOT / "ddpm/__init__.py").read_text() == ""
+    assert not (ROOT / "stages/__init__.py").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_can_see_only_the_sections_that_dvc_watches(stage):
+    sections = importlib.import_module(f"stages.{stage}").SECTIONS
+    assert list(sections) == GRAPH[stage]["params"]
+    assert set(sections) <= set(Params.model_fields)
+
+
+def test_every_section_is_watched_by_a_stage():
+    assert {section for stage in STAGES for section in GRAPH[stage]["params"]} == set(Params.model_fields)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_uses_every_section_that_dvc_watches(stage):
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse((ROOT / f"stages/{stage}.py").read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "params"
+    }
+    assert used == set(GRAPH[stage]["params"])
+
+
+def test_the_committed_params_are_the_composed_default(tmp_path):
+    compose_and_dump(str(tmp_path / "params.yaml"), str(ROOT / "conf"), None, "config", "", [])
+    assert (tmp_path / "params.yaml").read_text() == (ROOT / "params.yaml").read_text()
+
+
+def test_the_committed_lock_agrees_with_the_tree():
+    """Every file that git tracks and the lock names has the content that the lock says."""
+    import hashlib
+
+    from omegaconf import OmegaConf
+
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    assert list(lock) == STAGES
+    params = OmegaConf.to_container(OmegaConf.load(ROOT / "params.yaml"))
+    for name, stage in lock.items():
+        for section, value in stage["params"]["params.yaml"].items():
+            assert value == params[section], (name, section)
+        files = [entry for entry in stage["deps"] + stage["outs"] if Path(ROOT / entry["path"]).is_file()]
+        for entry in files:
+            if entry["path"].startswith("samples/"):
+                continue  # not in git: whatever was made here last
+            assert hashlib.md5((ROOT / entry["path"]).read_bytes()).hexdigest() == entry["md5"], entry["path"]
+
+
+@pytest.mark.parametrize("section", Params.model_fields)
+def test_every_knob_has_a_comment_beside_it(section):
+    """In conf/: each key of each group file carries its advice on the same line."""
+    files = sorted((ROOT / "conf" / section).glob("*.yaml"))
+    for path in files:
+        for line in path.read_text().splitlines():
+            key = line.split(":")[0]
+            if line and not line.startswith(("#", " ", "-", "name", "_target_", "eta_min", "factor")) and ":" in line:
+                assert " # " in line, f"{path.name}: {key}"
+
+
+def test_stages_load_without_torch_until_their_parameters_are_checked():
+    for stage in STAGES:
+        code = f"import sys, stages.{stage}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0, stage

@@ -1,0 +1,140 @@
+"""The four stages one after the other, in a folder of their own, in this process."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.config import check
+from ddpm.errors import UserError
+from stages import evaluate, prepare_data, sample, train
+from tests.conftest import composed
+
+STAGES = (prepare_data, train, sample, evaluate)
+
+
+def run(stage, *overrides):
+    params = check(composed("+experiment=smoke", "train.steps=24", "runtime.threads=1", *overrides))
+    stage.main(SimpleNamespace(**{section: getattr(params, section) for section in stage.SECTIONS}))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder in which all four stages have run."""
+    folder = tmp_path_factory.mktemp("stages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("DVC_ROOT", raising=False)
+        for stage in STAGES:
+            run(stage)
+    return folder
+
+
+@pytest.fixture
+def inside(made, monkeypatch):
+    monkeypatch.chdir(made)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return made
+
+
+def test_samples_are_pixels_of_the_shape_of_the_data(made):
+    images = np.load(made / "samples/images.npy")
+    assert images.shape == (64, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert images.max() > 200 > 50 > images.min()  # not left in [-1, 1], nor in one corner of the range
+
+
+def test_the_pictures_show_the_samples_and_their_denoising(made):
+    grid = Image.open(made / "results/sample/grid.png")
+    strip = Image.open(made / "results/sample/denoising.png")
+    assert grid.size == (170, 170)  # 4 x 4 images of 40 pixels, with gaps of 2
+    assert strip.size == (11 * 42 + 2, 6 * 42 + 2)
+    first = np.asarray(grid)[2:42:5, 2:42:5]
+    np.testing.assert_array_equal(first, np.load(made / "samples/images.npy")[0, ..., 0])
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn_or_on_the_batch(inside):
+    before = np.load("samples/images.npy")
+    run(sample, "sample.count=10", "sample.batch_size=3")
+    after = np.load("samples/images.npy")
+    run(sample)
+    assert np.abs(before[:10].astype(int) - after).max() <= 1  # matrix products round by the size of the batch
+    np.testing.assert_array_equal(np.load("samples/images.npy"), before)
+
+
+@pytest.mark.parametrize("overrides", [("sample.seed=1",), ("sample.sampler=ddpm",), ("sample.eta=1.0",)])
+def test_seed_and_sampler_change_the_samples(inside, overrides):
+    before = np.load("samples/images.npy")
+    run(sample, *overrides)
+    assert (np.load("samples/images.npy") != before).mean() > 0.1
+    run(sample)
+
+
+def test_samples_are_drawn_without_dropout(inside, monkeypatch):
+    seen = []
+    original = torch.nn.Dropout.forward
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: (seen.append(self.training), original(self, x))[1])
+    run(sample)
+    assert seen
+    assert not any(seen)
+
+
+def test_metrics_are_rounded_numbers_with_what_they_were_measured_on(made):
+    metrics = json.loads((made / "results/evaluate/metrics.json").read_text())
+    assert metrics["samples"] == 64
+    assert metrics["reference_images"] == 1797
+    assert 0 < metrics["frechet_distance_real_halves"] < 0.2 < metrics["frechet_distance"]
+    assert all(value == round(value, 4) for value in metrics.values() if isinstance(value, float))
+    rows = json.loads((made / "results/evaluate/loss_by_timestep.json").read_text())
+    assert [row["timestep"] for row in rows] == [100, 300, 500, 700, 900]
+    assert metrics["held_out_loss"] == pytest.approx(np.mean([row["loss"] for row in rows]), abs=1e-4)
+
+
+@pytest.mark.parametrize("reference", ["train", "test"])
+def test_the_reference_set_is_the_one_that_was_asked_for(inside, reference):
+    run(evaluate, f"evaluate.reference={reference}")
+    metrics = json.loads((inside / "results/evaluate/metrics.json").read_text())
+    assert metrics["reference_images"] == {"train": 1438, "test": 359}[reference]
+
+
+def test_the_same_run_gives_the_same_bytes(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    torch.manual_seed(123)
+    for stage in STAGES:
+        run(stage)
+    run(evaluate)
+    names = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(names) > 20
+    for name in names:
+        if name.parts[1] != "evaluate":
+            assert (tmp_path / name).read_bytes() == (made / name).read_bytes(), name
+
+
+def test_the_curves_and_pictures_of_the_training_are_kept(made):
+    assert {path.name for path in (made / "results/train/pictures").iterdir()} == {
+        "inputs.png",
+        "noise.png",
+        "samples_epoch_00001.png",
+    }
+    for name in ("loss", "learning_rate", "grad_norm"):
+        lines = (made / f"results/train/plots/metrics/{name}.tsv").read_text().splitlines()
+        assert lines[0] == f"step\t{name}"
+        assert [line.split("\t")[0] for line in lines[1:]] == ["10", "20", "24"]
+
+
+@pytest.mark.parametrize("stage", [train, sample, evaluate])
+def test_a_stage_without_its_inputs_says_which_stage_to_run(stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as fault:
+        run(stage)
+    assert "\n" not in str(fault.value)
+
+
+def test_more_steps_than_the_model_has_timesteps_are_refused(inside):
+    params = check(composed("+experiment=smoke", "diffusion.timesteps=2000", "sample.steps=1500"))
+    with pytest.raises(UserError, match=r"sample.steps = 1500: .*1000"):
+        sample.main(SimpleNamespace(runtime=params.runtime, sample=params.sample))

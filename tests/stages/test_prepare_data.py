@@ -1,0 +1,172 @@
+"""The stage as dvc runs it: a process in a folder with params.yaml."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm.config import Dataset
+from stages import prepare_data
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS: dict[str, Any] = {
+    "name": "digits",
+    "path": "raw",
+    "image_size": 8,
+    "channels": 1,
+    "test_fraction": 0.2,
+    "subset": 20,
+    "on_broken": "stop",
+}
+
+
+def program(**changes: Any) -> list[str]:
+    """The stage with these parameters, read past params.yaml: the other sections are none of its business."""
+    return [
+        sys.executable,
+        "-c",
+        "from types import SimpleNamespace; from ddpm import runtime; from ddpm.config import Dataset\n"
+        f"runtime.load_params = lambda sections: SimpleNamespace(dataset=Dataset(**{DIGITS | changes!r}))\n"
+        "from stages.prepare_data import SECTIONS, main\n"
+        "runtime.run_stage(main, SECTIONS)",
+    ]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def test_the_stage_writes_the_prepared_data_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare_data.main(SimpleNamespace(dataset=Dataset(**DIGITS)))
+    told = capsys.readouterr().out
+    assert told == "digits: 20 train and 20 test images of 8x8x1, 10 classes, in data/prepared\n"
+    assert np.load("data/prepared/train/images.npy").shape == (20, 8, 8, 1)
+    assert names(Path("data/prepared")) == ["dataset.json", "test", "train"]
+    assert names(Path("data")) == ["prepared"]
+
+
+def test_the_stage_uses_its_section_only() -> None:
+    assert prepare_data.SECTIONS == ("dataset",)
+
+
+def test_importing_the_stage_is_light() -> None:
+    code = "import sys, stages.prepare_data; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), cwd=ROOT)
+
+
+def test_a_wrong_parameter_is_told_in_two_seconds(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("dataset:\n  name: digitz\n")
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.prepare_data"], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1 and time.monotonic() - start < 5  # 2 s on an idle machine
+    assert "error: params.yaml: dataset.name = 'digitz'" in done.stderr and "Traceback" not in done.stderr
+    assert names(tmp_path) == ["params.yaml"]
+
+
+def test_a_fault_is_told_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(program(name="folder"), cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: dataset.path = raw: there is no such folder") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def many_large_images(tmp_path: Path) -> Path:
+    """Enough work for half a minute or more: 3,000 links to one large image."""
+    for split in ("train", "test"):
+        (tmp_path / "raw" / split).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "raw/train/a.png", compress_level=1)
+    os.link(tmp_path / "raw/train/a.png", tmp_path / "raw/test/a.png")
+    for i in range(3000):
+        os.link(tmp_path / "raw/train/a.png", tmp_path / f"raw/train/{i}.png")
+    (tmp_path / "data/prepared").mkdir(parents=True)
+    (tmp_path / "data/prepared/old").touch()
+    return tmp_path
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in task.joinpath("children").read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [*children, *(pid for child in children for pid in descendants(child))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def started(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """The stage at work on the images of `folder`, and its processes once it decodes."""
+    process = subprocess.Popen(
+        program(name="folder", channels=3, subset=None),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "data/prepared.tmp/new/train/images.npy").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    return process, descendants(process.pid)
+
+
+def gone(processes: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, processes))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+
+
+@needs_proc
+def test_ctrl_c_ends_the_stage_at_once_and_leaves_the_old_data(many_large_images: Path) -> None:
+    process, workers = started(many_large_images)
+    assert workers
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 128 + signal.SIGINT
+    assert err.splitlines()[-1] == "stopped by SIGINT; run it again to go on"
+    assert "Traceback" not in err and gone(workers, 5)
+    assert names(many_large_images / "data") == ["prepared"]
+    assert names(many_large_images / "data/prepared") == ["old"]
+
+
+@needs_proc
+def test_no_worker_outlives_a_killed_stage(many_large_images: Path) -> None:
+    process, workers = started(many_large_images)
+    assert workers
+    process.kill()
+    process.communicate(timeout=15)
+    assert gone(workers, 10)
+    assert names(many_large_images / "data/prepared") == ["old"]

@@ -1,0 +1,269 @@
+import hashlib
+import importlib.util
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm import checkpoint, errors
+from ddpm.checkpoint import ResumeState, fingerprint
+from ddpm.errors import UserError
+from tests.conftest import ROOT
+
+WITHOUT_TORCH = """
+import sys, types
+sys.modules["torch"] = types.ModuleType("torch")  # slow to import, and not needed there
+sys.modules["torch"].__version__ = "1"
+"""
+HOLDER = f"""{WITHOUT_TORCH}
+from pathlib import Path
+from ddpm.checkpoint import ResumeState
+with ResumeState(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def state(tmp_path):
+    with ResumeState(tmp_path / "a" / "state") as held:
+        yield held
+
+
+def newest(state):
+    return state.folder / "state.pt"
+
+
+def python(*arguments, **options):
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, *map(str, arguments)], **options)
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(state):
+    weights = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(weights.parameters(), lr=0.1, betas=(0.8, 0.9))
+    weights(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = {
+        "model": weights.state_dict(),
+        "half": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
+        "optimizer": optimizer.state_dict(),
+        "step": 7,
+        "history": [(25, {"loss": 0.1, "learning_rate": 1e-3}), (50, {"loss": float("nan")})],
+        "none": None,
+    }
+    assert state.load() is None
+    state.save(saved)
+    loaded = state.load()
+    assert loaded.keys() == saved.keys()
+    for name in ("weight", "bias"):
+        assert torch.equal(loaded["model"][name], weights.state_dict()[name])
+    assert torch.equal(loaded["half"].view(torch.int16), saved["half"].view(torch.int16))
+    assert loaded["history"][0] == (25, {"loss": 0.1, "learning_rate": 1e-3})
+    assert (loaded["step"], loaded["none"]) == (7, None)
+    again = torch.optim.Adam(weights.parameters(), lr=9.0)
+    again.load_state_dict(loaded["optimizer"])
+    assert again.param_groups[0]["lr"] == 0.1
+    assert again.param_groups[0]["betas"] == (0.8, 0.9)
+    old, new = optimizer.state_dict()["state"], again.state_dict()["state"]
+    assert all(torch.equal(old[i][name], new[i][name]) for i in old for name in old[i])
+
+
+def test_the_same_state_is_written_in_the_same_bytes_wherever_it_lies(tmp_path):
+    for name in ("one", "another"):
+        with ResumeState(tmp_path / name) as state:
+            state.save({"x": torch.arange(9.0), "step": 3})
+    assert (tmp_path / "one/state.pt").read_bytes() == (tmp_path / "another/state.pt").read_bytes()
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def flipped(data):
+    return data[:500] + bytes([data[500] ^ 1]) + data[501:]
+
+
+def emptied(data):
+    return b""
+
+
+DAMAGES = pytest.mark.parametrize(
+    "damage", [cut, flipped, emptied, lambda data: data[:20], lambda data: data[:-1], lambda data: bytes(len(data))]
+)
+
+
+@DAMAGES
+def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage, capsys):
+    for step in (1, 2):
+        state.save({"step": step})
+    assert state.load() == {"step": 2}
+    newest(state).write_bytes(damage(newest(state).read_bytes()))
+    assert state.load() == {"step": 1}
+    assert capsys.readouterr() == ("", f"{newest(state)}: damaged, passed over\n")
+
+
+@DAMAGES
+def test_where_both_are_damaged_the_run_starts_anew(state, damage, capsys):
+    for step in (1, 2):
+        state.save({"step": step})
+    for file in state.folder.glob("*.pt"):
+        file.write_bytes(damage(file.read_bytes()))
+    assert state.load() is None
+    assert capsys.readouterr().err.count("damaged, passed over\n") == 2
+
+
+def test_a_save_after_a_damaged_one_is_loaded(state):
+    for step in (1, 2):
+        state.save({"step": step})
+    newest(state).write_bytes(b"")
+    state.save({"step": 3})
+    assert state.load() == {"step": 3}
+
+
+@pytest.mark.parametrize(
+    ("saves", "owner", "name", "calls"),
+    [
+        *((saves, owner, name, 1) for saves in (0, 1, 2) for owner, name in ((os, "fsync"), (torch, "save"))),
+        *((saves, Path, "replace", 1) for saves in (0, 1, 2)),
+        *((saves, Path, "replace", 2) for saves in (1, 2)),  # the first save renames once
+    ],
+)
+def test_a_crash_while_saving_leaves_the_earlier_state(state, monkeypatch, saves, owner, name, calls):
+    for step in range(saves):
+        state.save({"step": step})
+    real, count = getattr(owner, name), []
+
+    def crash(*arguments, **options):
+        count.append(1)
+        if len(count) == calls:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, crash)
+        with pytest.raises(OSError, match="No space"):
+            state.save({"step": 99})
+    assert state.load() == ({"step": saves - 1} if saves else None)
+    state.save({"step": 100})  # what the crash left lying about is no obstacle
+    assert state.load() == {"step": 100}
+
+
+def test_what_is_renamed_has_reached_the_disk_before(state, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.fstat(fd).st_size), fsync(fd))[1])
+    monkeypatch.setattr(Path, "replace", lambda *a: (order.append(a[0].name), replace(*a))[1])
+    state.save({"step": 1})
+    assert order == [newest(state).stat().st_size, "state.tmp"]
+
+
+class Code:
+    """Unpickled by pickle, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_state_with_a_right_checksum_is_passed_over_and_not_run(state, tmp_path, capsys):
+    state.save({"step": 1})
+    state.save({"step": 2})
+    data = pickle.dumps({"step": Code(str(tmp_path / "made"))}, protocol=2)
+    newest(state).write_bytes(hashlib.sha256(data).digest() + data)
+    assert state.load() == {"step": 1}
+    assert capsys.readouterr().err == f"{newest(state)}: damaged, passed over\n"
+    torch.save({"step": Code(str(tmp_path / "made"))}, tmp_path / "evil")
+    data = (tmp_path / "evil").read_bytes()
+    newest(state).write_bytes(hashlib.sha256(data).digest() + data)
+    assert state.load() == {"step": 1}
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path):
+    folder = tmp_path / "state"
+    with python("-c", HOLDER, folder, stdin=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as caught, ResumeState(folder):
+            pass
+        assert str(caught.value) == f"{folder}: another process is training this very run; wait for it or stop it"
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(30)
+    with ResumeState(folder) as state:
+        state.save({"step": 1})
+        with pytest.raises(UserError, match="another process"), ResumeState(folder):
+            pass  # not twice in one process either
+    with ResumeState(folder) as state:
+        assert state.load() == {"step": 1}
+
+
+def test_remove_deletes_the_folder(state):
+    state.save({"step": 1})
+    state.remove()
+    assert not state.folder.exists()
+    with ResumeState(state.folder) as fresh:
+        assert fresh.load() is None
+
+
+PARAMS = {"train": {"seed": 0, "lr": 1e-3}, "lr_schedule": None}
+
+
+def test_the_fingerprint_follows_parameters_and_data():
+    names = {
+        fingerprint(PARAMS, "hash"),
+        fingerprint(PARAMS | {"lr_schedule": {}}, "hash"),
+        fingerprint(PARAMS | {"train": {"seed": 1, "lr": 1e-3}}, "hash"),
+        fingerprint(PARAMS, "other"),
+        fingerprint("hash", PARAMS),
+    }
+    assert len(names) == 5
+    assert all(len(name) == 16 and int(name, 16) >= 0 for name in names)
+    assert fingerprint(PARAMS, "hash") == fingerprint(dict(reversed(PARAMS.items())), "hash")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(torch, "__version__"), (checkpoint.platform, "machine"), (checkpoint.platform, "python_version")],
+)
+def test_the_fingerprint_follows_the_versions(monkeypatch, owner, name):
+    before = fingerprint(PARAMS)
+    monkeypatch.setattr(owner, name, "9.9" if owner is torch else lambda: "other")
+    assert fingerprint(PARAMS) != before
+
+
+def test_the_fingerprint_follows_the_text_of_our_modules_and_not_their_place(monkeypatch, tmp_path):
+    before = fingerprint(PARAMS)
+    copy = tmp_path / "copy.py"
+    shutil.copy(errors.__file__, copy)
+    monkeypatch.setattr(errors, "__file__", str(copy))
+    assert fingerprint(PARAMS) == before
+    copy.write_text(copy.read_text() + "# changed\n")
+    assert fingerprint(PARAMS) != before
+
+
+def test_the_fingerprint_follows_the_text_of_the_stage_that_runs(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("stages.run", tmp_path / "run.py")
+    names = []
+    for text in ("1", "2", "1"):
+        (tmp_path / "run.py").write_text(text)
+        monkeypatch.setitem(sys.modules, "__main__", importlib.util.module_from_spec(spec))  # as `python -m` does
+        names.append(fingerprint(PARAMS))
+    assert names[0] == names[2] != names[1]
+
+
+def test_the_fingerprint_is_the_same_in_every_process():
+    code = f"{WITHOUT_TORCH}from ddpm.checkpoint import fingerprint; print(fingerprint({PARAMS!r}, 'hash'))"
+    names = set()
+    for seed in ("1", "2"):
+        with python("-c", code, env=os.environ | {"PYTHONHASHSEED": seed}) as process:
+            names.add(process.communicate(timeout=60)[0])
+    assert len(names) == 1
+    assert len(names.pop()) == 17

@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm import pictures
+
+
+def test_small_images_are_enlarged_without_blur():
+    images = np.array([[[[0], [255]], [[255], [0]]]], dtype=np.uint8)  # one image, 2x2
+    picture = np.asarray(pictures.tile(images, columns=1))
+    assert picture.shape == (44, 44)  # 2 pixels of 20, and the gap around them
+    assert picture[2:22, 2:22].max() == 0
+    assert picture[2:22, 22:42].min() == 255
+
+
+def test_images_run_along_the_rows_and_gaps_are_white():
+    images = np.stack([np.full((64, 64, 3), value, dtype=np.uint8) for value in (10, 20, 30)])
+    picture = np.asarray(pictures.grid(images))
+    assert picture.shape == (134, 134, 3)
+    assert [picture[40, 40, 0], picture[40, 100, 0], picture[100, 40, 0]] == [10, 20, 30]
+    assert picture[0].min() == picture[100, 100, 0] == 255
+
+
+def test_a_picture_is_written_with_the_same_bytes(tmp_path):
+    picture = pictures.grid(np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8, 1))
+    for name in ("a", "b"):
+        pictures.save(picture, tmp_path / "new" / f"{name}.png")
+    assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
+    assert Image.open(tmp_path / "new/a.png").info == {}
+
+
+def test_nothing_to_show_is_said():
+    with pytest.raises(ValueError, match="no image"):
+        pictures.tile(np.empty((0, 8, 8, 1), dtype=np.uint8), columns=1)

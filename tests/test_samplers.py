@@ -1,0 +1,159 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.schedulers import scheduling_ddpm
+
+from ddpm import samplers
+from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.errors import UserError
+from tests.conftest import small_unet
+
+CPU = torch.device("cpu")
+
+
+def exact_gaussian(d: GaussianDiffusion, mean: float, std: float):
+    """The best epsilon for data that is normal with this mean and standard deviation, in closed form."""
+
+    def model(x, t):
+        a = float(d.alphas_cumprod[int(t[0])])
+        return math.sqrt(1 - a) * (x - math.sqrt(a) * mean) / (a * std**2 + 1 - a)
+
+    return model
+
+
+def drawn(name, steps, d, model, count=20_000, **options):
+    g = torch.Generator().manual_seed(0)
+    path = samplers.timesteps(d.timesteps, steps, "trailing")
+    noise = lambda: torch.randn(count, 1, 1, 1, generator=g)  # noqa: E731
+    options = {"variance": "fixed_small", "eta": 0.0} | options
+    *_, last = samplers.SAMPLERS[name](model, d, noise(), path, noise, **options)
+    return last.x
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "options"),
+    [
+        ("ddpm", 1000, {}),
+        ("ddpm", 1000, {"variance": "fixed_large"}),
+        ("ddim", 200, {}),
+        ("ddim", 1000, {"eta": 1.0}),
+    ],
+)
+def test_gaussian_data_is_drawn_with_its_mean_and_spread(name, steps, options):
+    d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
+    x = drawn(name, steps, d, exact_gaussian(d, mean=0.1, std=0.2), **options).double()
+    assert x.mean().item() == pytest.approx(0.1, abs=0.01)
+    assert x.std().item() == pytest.approx(0.2, rel=0.04)
+
+
+def one_step_of_diffusers(scheduler, output, t, x, draw, eta):
+    """diffusers' step with our noise in place of its own."""
+    if isinstance(scheduler, DDIMScheduler):
+        noise = draw if eta > 0 else None
+        return scheduler.step(output, t, x, use_clipped_model_output=True, variance_noise=noise, eta=eta).prev_sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: draw)
+        return scheduler.step(output, t, x).prev_sample
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("name", "steps", "options"),
+    [
+        ("ddpm", 100, {"variance": "fixed_small"}),
+        ("ddpm", 100, {"variance": "fixed_large"}),
+        ("ddpm", 20, {"variance": "fixed_small"}),
+        ("ddim", 10, {"eta": 0.0}),
+        ("ddim", 10, {"eta": 0.5}),
+    ],
+)
+def test_every_step_equals_diffusers(name, steps, options, schedule, prediction):
+    d = GaussianDiffusion(DiffusionConfig(100, schedule, prediction))
+    model = small_unet()
+    g = torch.Generator().manual_seed(0)
+    start, *noises = torch.randn(steps + 1, 2, 1, 8, 8, generator=g)
+    common = {
+        "num_train_timesteps": 100,
+        "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule],
+        "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[prediction],
+        "timestep_spacing": "leading",
+    }
+    if name == "ddpm":
+        scheduler = DDPMScheduler(**common, beta_end=0.02, variance_type=options["variance"])
+    else:
+        scheduler = DDIMScheduler(**common, beta_end=0.02, set_alpha_to_one=True)
+    # diffusers keeps its tables in float32, where 1 - alpha_bar loses four digits at small t: give it ours
+    scheduler.betas, scheduler.alphas_cumprod = torch.from_numpy(d.betas), torch.from_numpy(d.alphas_cumprod)
+    scheduler.alphas, scheduler.one = 1 - scheduler.betas, torch.tensor(1.0, dtype=torch.float64)
+    scheduler.final_alpha_cumprod = scheduler.one if name == "ddim" else None
+    scheduler.set_timesteps(steps)
+    path = samplers.timesteps(100, steps, "leading")
+    assert path == scheduler.timesteps.tolist()
+    options = {"variance": "fixed_small", "eta": 0.0} | options
+    queue = iter(noises)
+    ours = samplers.SAMPLERS[name](model, d, start, path, lambda: next(queue), **options)
+    x = start
+    for i, (t, step) in enumerate(zip(path, ours, strict=True)):
+        with torch.no_grad():
+            output = model(x, torch.full((len(x),), t))
+        draw = noises[i] if i + 1 < len(path) else torch.zeros_like(x)
+        expected = one_step_of_diffusers(scheduler, output, t, x, draw, options["eta"])
+        torch.testing.assert_close(step.x, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+        x = step.x
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linear"])
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_spacings_equal_diffusers(spacing, steps):
+    scheduler = DDIMScheduler(timestep_spacing={"linear": "linspace"}.get(spacing, spacing))
+    scheduler.set_timesteps(steps)
+    assert samplers.timesteps(1000, steps, spacing) == scheduler.timesteps.tolist()
+
+
+def test_quadratic_spacing_is_that_of_ddim():
+    path = samplers.timesteps(1000, 10, "quadratic")
+    assert path == [int(x) for x in np.linspace(0, np.sqrt(800), 10)[::-1] ** 2]
+
+
+@pytest.mark.parametrize("steps", [0, 11])
+def test_more_steps_than_timesteps_are_refused(steps):
+    with pytest.raises(UserError, match="from 1 to 10"):
+        samplers.timesteps(10, steps, "leading")
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_no_noise_is_added_at_the_last_step(name):
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
+    calls = []
+
+    def noise():
+        calls.append(1)
+        return torch.zeros(2, 1, 8, 8)
+
+    *_, last = samplers.SAMPLERS[name](
+        small_unet(), d, torch.zeros(2, 1, 8, 8), samplers.timesteps(10, 10, "leading"), noise, eta=1.0
+    )
+    assert len(calls) == 9
+    assert torch.equal(last.x, last.x0) or torch.allclose(last.x, last.x0, atol=1e-6)
+
+
+def test_an_image_depends_on_its_own_number_alone():
+    unet = small_unet()
+    together = samplers.ImageNoise(3, range(10), unet.config, CPU)
+    apart = samplers.ImageNoise(3, range(6, 9), unet.config, CPU)
+    for _ in range(3):  # start noise and path noise
+        assert torch.equal(together()[6:9], apart())
+    assert not torch.equal(apart(), samplers.ImageNoise(4, range(6, 9), unet.config, CPU)())
+
+
+def test_x0_is_clipped_before_the_mean_is_built():
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "x0"))
+    wild = lambda x, t: torch.full_like(x, 7.0)  # noqa: E731
+    tame = lambda x, t: torch.ones_like(x)  # noqa: E731
+    x = torch.zeros(1, 1, 8, 8)
+    results = [[s.x for s in samplers.ddpm(m, d, x, [9, 4, 0], lambda: torch.zeros_like(x))] for m in (wild, tame)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,225 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm.checkpoint import ResumeState
+from ddpm.config import Tracking, check
+from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.errors import UserError
+from ddpm.runtime import Interrupted
+from ddpm.tracking import Tracker
+from ddpm.training import EMA, Job, make_lr_schedule, train
+from ddpm.unet import UNet
+from tests.conftest import composed, small_unet
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+
+
+class Curves(Tracker):
+    """The real tracker without W&B, which also keeps what it was given; `stop_at` sends a signal after that step."""
+
+    def __init__(self, folder, stop_at=None):
+        super().__init__(str(folder), Tracking(wandb="disabled", project="test"), {}, "run", "train")
+        self.logged = {}
+        self.pictures = []
+        self.stop_at = stop_at
+
+    def log(self, step, metrics, machine=None):
+        super().log(step, metrics, machine)
+        self.logged[step] = metrics
+        if step == self.stop_at and machine is not None:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def log_picture(self, step, name, picture, folder=None):
+        super().log_picture(step, name, picture, folder)
+        self.pictures.append(name)
+
+
+def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="run"):
+    params = check(
+        composed(
+            "train.steps=12",
+            "train.batch_size=8",
+            "train.log_every=3",
+            "train.sample_every=2",
+            "train.warmup_steps=3",
+            *overrides,
+        )
+    )
+    config = small_unet(dropout=0.1).config
+    tracker = Curves(tmp_path / name, stop_at)
+    job = Job(
+        train=params.train,
+        optimizer=params.optimizer,
+        lr_schedule=params.lr_schedule,
+        diffusion=GaussianDiffusion(DiffusionConfig(50, "cosine", "v"), device),
+        device=torch.device(device),
+        tracker=tracker,
+        folder=tmp_path / "pictures",
+    )
+    with ResumeState(tmp_path / f"state-{name}") as state:
+        model = train(UNet(config), images, job, state)
+    return model, tracker
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device):
+    flip = "train.flip=true"
+    whole, curves = run(tmp_path, flip, device=device)
+    for stop_at in (3, 9):
+        with pytest.raises(Interrupted):
+            run(tmp_path, flip, device=device, stop_at=stop_at, name=f"cut-{stop_at}")
+        resumed, replayed = run(tmp_path, flip, device=device, name=f"cut-{stop_at}")
+        assert same(whole, resumed)
+        assert replayed.logged == curves.logged
+        for name in ("loss", "learning_rate", "grad_norm"):
+            file = f"plots/metrics/{name}.tsv"
+            assert (tmp_path / "run" / file).read_bytes() == (tmp_path / f"cut-{stop_at}" / file).read_bytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_parameters_train_the_same_weights_whatever_was_drawn_before(tmp_path, device):
+    torch.manual_seed(1)
+    first, _ = run(tmp_path, device=device, name="a")
+    torch.rand(7)
+    second, _ = run(tmp_path, device=device, name="b")
+    other, _ = run(tmp_path, "train.seed=1", device=device, name="c")
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_the_number_of_loader_workers_changes_nothing(tmp_path):
+    crop = "train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 2}]"
+    alone, _ = run(tmp_path, crop, name="a")
+    helped, _ = run(tmp_path, crop, "train.workers=2", name="b")
+    assert same(alone, helped)
+
+
+def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
+    images = np.tile(IMAGES[:4], (8, 1, 1, 1))
+    _, curves = run(tmp_path, "train.steps=80", "train.log_every=10", "optimizer.lr=5e-3", images=images)
+    losses = [metrics["loss"] for metrics in curves.logged.values()]
+    assert list(curves.logged) == list(range(10, 81, 10))
+    assert losses[-1] < 0.7 * losses[0]
+    rates = [metrics["learning_rate"] for metrics in curves.logged.values()]
+    assert rates[0] > rates[-1] > 0
+    assert curves.pictures[:2] == ["inputs", "noise"]
+
+
+def test_four_images_are_learnt_by_heart_on_every_seed(tmp_path):
+    from ddpm.images import to_model_range
+    from ddpm.unet import initialise
+
+    diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
+    for seed in range(3):
+        unet = UNet(small_unet(block_out_channels=(32, 32)).config)
+        initialise(unet, torch.Generator().manual_seed(seed))
+        optimizer = torch.optim.Adam(unet.parameters(), lr=5e-4)
+        torch.manual_seed(seed)
+        x0 = to_model_range(torch.from_numpy(IMAGES[:4]).permute(0, 3, 1, 2))
+        for _ in range(50):
+            t, noise = torch.randint(0, 1000, (4,)), torch.randn_like(x0)
+            loss = diffusion.losses(unet, x0, t, noise).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.item() < 0.75
+
+
+def test_epochs_are_counted_in_whole_batches(tmp_path):
+    _, curves = run(tmp_path, "train.steps=null", "train.epochs=3")  # 40 images, 5 batches of 8
+    assert max(curves.logged) == 15
+    assert curves.pictures[2:] == ["samples_epoch_00002"]
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch, flip):
+    seen = []
+    images = np.zeros((40, 8, 8, 1), dtype=np.uint8)
+    images[:, :, 0] = 255  # the left column is white
+    original = GaussianDiffusion.losses
+    monkeypatch.setattr(
+        GaussianDiffusion, "losses", lambda self, m, x0, t, n: (seen.append(x0), original(self, m, x0, t, n))[1]
+    )
+    run(tmp_path, f"train.flip={flip}", images=images)
+    left = torch.cat(seen)[:, 0, :, 0].eq(1).all(dim=1).float().mean().item()
+    assert 0.3 < left < 0.7 if flip else left == 1.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_precision_trains(tmp_path, device, precision):
+    _, curves = run(tmp_path, f"train.precision={precision}", device=device)
+    assert all(math.isfinite(metrics["loss"]) for metrics in curves.logged.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_every_optimizer_group_trains(tmp_path, optimizer):
+    run(tmp_path, f"optimizer={optimizer}", "train.steps=3")
+
+
+def test_a_loss_that_is_no_longer_finite_stops_at_its_step_and_keeps_the_last_good_state(tmp_path):
+    with pytest.raises(UserError, match=r"training diverged: .* at step \d+; lower optimizer.lr"):
+        run(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "train.grad_clip=null", "train.save_every=1e-9")
+    with ResumeState(tmp_path / "state-run") as state:
+        saved = state.load()
+    assert saved is not None
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_fewer_images_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train.batch_size = 64: there are only 40 training images"):
+        run(tmp_path, "train.batch_size=64")
+
+
+def test_a_value_that_torch_refuses_is_told_with_its_setting(tmp_path):
+    with pytest.raises(UserError, match=r"params.yaml: optimizer: torch.optim.SGD: Nesterov momentum requires"):
+        run(tmp_path, "optimizer=sgd", "optimizer.momentum=0.0", "optimizer.nesterov=true")
+    with pytest.raises(UserError, match=r"params.yaml: lr_schedule: torch.optim.lr_scheduler.LinearLR: "):
+        run(tmp_path, "lr_schedule=linear", "lr_schedule.start_factor=5.0")
+
+
+@pytest.mark.parametrize("choice", ["cosine", "linear", "constant"])
+def test_the_learning_rate_warms_up_to_its_peak_and_then_follows_the_schedule(choice):
+    params = check(composed(f"lr_schedule={choice}"))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = make_lr_schedule(params.lr_schedule, optimizer, warmup=4, steps=20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    expected = {
+        "cosine": [(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)],
+        "linear": [1 - i / 16 for i in range(16)],
+        "constant": [1.0] * 16,
+    }
+    assert rates[4:] == pytest.approx(expected[choice])
+
+
+def test_the_average_warms_up_and_is_never_the_live_weights():
+    model = UNet(small_unet().config)
+    ema = EMA(model, decay=0.99)
+    start = [p.clone() for p in ema.model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    ema.update(step=0)  # decay 1/10
+    for average, before, live in zip(ema.model.parameters(), start, model.parameters(), strict=True):
+        torch.testing.assert_close(average, before + 0.9)
+        assert not torch.equal(average, live)
+    ema.update(step=10_000)  # decay 0.99
+    for average, before in zip(ema.model.parameters(), start, strict=True):
+        torch.testing.assert_close(average, before + 0.901)
+    assert not ema.model.training
