@@ -6,8 +6,9 @@ REV ?=
 .PHONY: help repro test lint plots params lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
-export PATH := $(abspath $(VENV))/bin:$(PATH)
-INSTALL = $(abspath $(VENV))/bin/python -m pip install --quiet --disable-pip-version-check
+# (no $(abspath): it splits a folder's name at a space)
+export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
