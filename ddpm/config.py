@@ -7,7 +7,7 @@ environment that makes results reproducible has to be set before either is loade
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -85,10 +85,11 @@ class Diffusion(Section):
     """The noise schedule and what the network predicts; see ddpm/diffusion.py."""
 
     timesteps: Annotated[int, Field(ge=2, le=100_000)]
-    schedule: Literal["linear", "cosine"]
+    schedule: Literal["linear", "cosine", "sigmoid"]
     beta_start: Fraction
     beta_end: Fraction
     prediction: Literal["epsilon", "x0", "v"]
+    learn_variance: bool
 
     @field_validator("beta_end")
     @classmethod
@@ -115,6 +116,7 @@ class Train(Section):
     """The training loop; see ddpm/training.py."""
 
     seed: Seed
+    init_from: Annotated[str, Field(min_length=1)] | None
     epochs: Count | None
     steps: Count | None
     batch_size: Count
@@ -125,6 +127,7 @@ class Train(Section):
     flip: bool
     transforms: list[dict[str, Any]]
     precision: Literal["fp32", "bf16"]
+    weighting: Literal["simple", "min_snr"]
     log_every: Count
     sample_every: Annotated[int, Field(ge=0)]
     save_every: Annotated[float, Field(gt=0)]
@@ -145,18 +148,26 @@ class Sample(Section):
     seed: Seed
     count: Annotated[int, Field(ge=2)]
     batch_size: Count
-    sampler: Literal["ddpm", "ddim"]
+    sampler: Literal["ddpm", "ddim", "dpm_solver"]
     steps: Count
     spacing: Literal["leading", "trailing", "linear", "quadratic"]
     eta: Annotated[float, Field(ge=0, le=1)]
-    variance: Literal["fixed_small", "fixed_large"]
+    variance: Literal["fixed_small", "fixed_large", "learned"]
     grid: Count
+
+
+class NfeCurve(Section):
+    """One line of the Fréchet distance against the network evaluations: a sampler at several numbers of steps."""
+
+    sampler: Literal["ddpm", "ddim", "dpm_solver"]
+    steps: Annotated[list[Count], Field(min_length=1)]
 
 
 class Evaluate(Section):
     """How samples are compared with real images; see ddpm/metrics.py."""
 
     seed: Seed
+    seeds: Annotated[int, Field(ge=1, le=100)]
     features: Literal["pixels", "inception"]
     inception_weights: str | None
     reference: Literal["train", "test", "all"]
@@ -165,6 +176,9 @@ class Evaluate(Section):
     batch_size: Count
     loss_bins: Count
     loss_images: Count | None
+    bound_images: Annotated[int, Field(ge=0)]
+    nfe_curve: list[NfeCurve]
+    nfe_samples: Annotated[int, Field(ge=2, lt=2**31)]
 
 
 class Tracking(Section):
@@ -250,6 +264,14 @@ def _misfits(params: Params) -> list[str]:
         faults.append(
             f"sample.steps = {params.sample.steps}: must be at most diffusion.timesteps = {params.diffusion.timesteps}"
         )
+    if params.sample.variance == "learned" and not params.diffusion.learn_variance:
+        faults.append("sample.variance = 'learned': needs diffusion.learn_variance = true")
+    for i, curve in enumerate(params.evaluate.nfe_curve):
+        if max(curve.steps) > params.diffusion.timesteps:
+            faults.append(
+                f"evaluate.nfe_curve.{i}.steps = {shown(curve.steps)}: must each be at most diffusion.timesteps = "
+                f"{params.diffusion.timesteps}"
+            )
     if params.evaluate.neighbours >= params.sample.count:
         faults.append(
             f"evaluate.neighbours = {params.evaluate.neighbours}: must be below sample.count = {params.sample.count}"
@@ -261,7 +283,8 @@ def _field_names(loc: tuple[int | str, ...]) -> list[str]:
     """The keys that are allowed where an unknown one was found."""
     model: Any = Params
     for part in loc[:-1]:
-        model = model.model_fields[str(part)].annotation
+        # an integer is a place in a list of sections
+        model = get_args(model)[0] if isinstance(part, int) else model.model_fields[part].annotation
     return list(model.model_fields)
 
 

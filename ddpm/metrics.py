@@ -1,13 +1,18 @@
 """How good are the samples: distances to real images in a feature space (torch-fidelity), and the held-out loss."""
 
+import hashlib
+import math
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Literal
 from urllib.error import URLError
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -75,8 +80,20 @@ def extract_features(
     return torch.cat(out)
 
 
+def weights_digest(features: Features, weights: str | None) -> str:
+    """sha256 of the weights file that `extract_features` has loaded; "none" where the extractor has no weights."""
+    if features == "pixels":
+        return "none"
+    name = PurePosixPath(urlparse(URL_INCEPTION_V3).path).name
+    path = Path(weights) if weights else Path(torch.hub.get_dir(), "checkpoints", name)  # where torch downloads to
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between Gaussians fitted to two sets of features (N, D) (Heusel et al. 2017, eq. 6)."""
+    """Between Gaussians fitted to two sets of features (N, D) (Heusel et al. 2017, eq. 6); of one image, NaN."""
+    if min(len(a), len(b)) < 2:
+        return math.nan  # no covariance
     statistics = [fid_features_to_statistics(features.double()) for features in (a, b)]
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
@@ -111,6 +128,48 @@ def real_floor(real: Tensor, seed: int) -> float:
     order = torch.from_numpy(generator(seed, "halves").permutation(len(real)))
     half = len(real) // 2
     return frechet_distance(real[order[:half]], real[order[half:]])
+
+
+def nearest(queries: Tensor, points: Tensor, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """The Euclidean distance (N,) and the index (N,) of the point (M, D) that is nearest to each query (N, D).
+
+    In chunks, with no more than 256 MiB for the distances; in float64, with the distance itself taken anew from the
+    difference, so that a copy is at distance 0.
+    """
+    found = []
+    with Progress(len(queries), "nearest images", "img") as bar:
+        for q in (chunk.to(device, torch.float64) for chunk in queries.split(2048)):
+            least = torch.full((len(q),), math.inf, dtype=torch.float64, device=device)
+            index = torch.zeros(len(q), dtype=torch.int64, device=device)
+            for start in range(0, len(points), 8192):
+                p = points[start : start + 8192].to(device, torch.float64)
+                value, place = torch.addmm(p.square().sum(1), q, p.T, alpha=-2).min(dim=1)  # |p - q|^2 - |q|^2
+                closer = value < least
+                least, index = torch.where(closer, value, least), torch.where(closer, place + start, index)
+            found.append(index.cpu())
+            bar.update(len(q))
+    indices = torch.cat(found)
+    squares = [
+        (q.double() - points[i].double()).square().sum(1)
+        for q, i in zip(queries.split(2048), indices.split(2048), strict=True)
+    ]
+    return np.sqrt(torch.cat(squares).numpy()), indices.numpy()
+
+
+def memorisation_ratio(samples: np.ndarray, held_out: np.ndarray) -> float:
+    """How near the samples come to the training images, relative to how near new real images come.
+
+    About 1: a sample is as far from the training set as a real image that was not trained on; well below, towards 0:
+    samples are copies, or nearly; above 1: samples lie farther off than real images do, as blurred or broken ones.
+    A median: a few copies among many samples do not show here, but in the picture of the nearest neighbours.
+    NaN where half of the held-out images are themselves in the training set.
+
+    Args:
+        samples: the distance of each sample to its nearest training image, (N,).
+        held_out: the same for real images that were not trained on, (M,).
+    """
+    scale = float(np.median(held_out))
+    return float(np.median(samples)) / scale if scale else math.nan
 
 
 @torch.no_grad()

@@ -10,28 +10,40 @@ GAP = 2  # pixels of white between images
 TILE = 40  # pixels that a shown image has at least
 
 
-def tile(images: np.ndarray, columns: int) -> Image.Image:
-    """Images in rows: uint8 (N, H, W, C) to one picture, each pixel enlarged to a square block where they are small.
+def _enlarged(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, C), each pixel made a square block where the images are small."""
+    zoom = max(1, math.ceil(TILE / max(images.shape[1:3])))
+    return images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+
+
+def tile(images: np.ndarray, columns: int, gap: int = GAP) -> Image.Image:
+    """Images in rows, `gap` pixels apart: uint8 (N, H, W, C) to one picture, enlarged where they are small.
 
     Raises:
         ValueError: there is no image.
     """
-    count, height, width, channels = images.shape
-    if not count:
+    if not len(images):
         raise ValueError("no image to show")
-    zoom = max(1, math.ceil(TILE / max(height, width)))
-    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    height, width, rows = height * zoom + GAP, width * zoom + GAP, math.ceil(count / columns)
-    canvas = np.full((rows * height + GAP, columns * width + GAP, channels), 255, dtype=np.uint8)
+    images = _enlarged(images)
+    count, height, width, channels = images.shape
+    down, right, rows = height + gap, width + gap, math.ceil(count / columns)
+    canvas = np.full((rows * down + gap, columns * right + gap, channels), 255, dtype=np.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * height + GAP, i % columns * width + GAP
-        canvas[top : top + height - GAP, left : left + width - GAP] = image
+        y, x = i // columns * down + gap, i % columns * right + gap
+        canvas[y : y + height, x : x + width] = image
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
 def grid(images: np.ndarray) -> Image.Image:
     """Images in a block about as wide as it is high: uint8 (N, H, W, C)."""
     return tile(images, columns=math.ceil(math.sqrt(len(images))))
+
+
+def pairs(left: np.ndarray, right: np.ndarray, columns: int) -> Image.Image:
+    """Two sets of images side by side, uint8 (N, H, W, C) each: the gap in a pair is narrow, between pairs wide."""
+    left, right = _enlarged(left), _enlarged(right)
+    seam = np.full((*left.shape[:2], GAP, left.shape[3]), 255, dtype=np.uint8)
+    return tile(np.concatenate([left, seam, right], axis=2), columns, gap=8 * GAP)
 
 
 def save(picture: Image.Image, path: str | Path) -> None:

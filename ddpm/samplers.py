@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import GaussianDiffusion
+from ddpm.config import Sample
+from ddpm.diffusion import GaussianDiffusion, Variance
 from ddpm.errors import UserError
+from ddpm.images import to_pixels
+from ddpm.progress import Progress
 from ddpm.seeding import generator
-from ddpm.unet import UNetConfig
+from ddpm.unet import UNet, UNetConfig
 
 Spacing = Literal["leading", "trailing", "linear", "quadratic"]
-Variance = Literal["fixed_small", "fixed_large"]
+Model = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to the network's output
 
 
 class Step(NamedTuple):
@@ -66,10 +69,12 @@ class ImageNoise:
 
 
 @torch.no_grad()
-def _denoise(model: torch.nn.Module, diffusion: GaussianDiffusion, x: Tensor, t: int) -> Tensor:
-    """The network's prediction of x_0, clipped to [-1, 1] before anything is built from it."""
+def _denoise(model: Model, diffusion: GaussianDiffusion, x: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
+    """The network's prediction of x_0, clipped to [-1, 1] before anything is built from it, and the share of the
+    variance where that is learned."""
     batch = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-    return diffusion.predict_x0(x, batch, model(x, batch)).clamp(-1, 1)
+    output, share = diffusion.split(model(x, batch))
+    return diffusion.predict_x0(x, batch, output).clamp(-1, 1), share
 
 
 def _visits(diffusion: GaussianDiffusion, path: list[int]) -> Iterator[tuple[int, float, float]]:
@@ -80,7 +85,7 @@ def _visits(diffusion: GaussianDiffusion, path: list[int]) -> Iterator[tuple[int
 
 
 def ddpm(
-    model: torch.nn.Module,
+    model: Model,
     diffusion: GaussianDiffusion,
     x: Tensor,
     path: list[int],
@@ -95,22 +100,28 @@ def ddpm(
         x: the start noise, float32 (B, C, H, W).
         path: the timesteps to visit, from `timesteps`.
         noise: gives the next standard normal (B, C, H, W); not called at the last step.
-        variance: of x_{t-1} given x_t: fixed_small is beta-tilde (eq. 7), fixed_large is beta.
+        variance: of x_{t-1} given x_t: fixed_small is beta-tilde (eq. 7), fixed_large is beta, learned is the
+            network's own between the two (Nichol & Dhariwal 2021, eq. 15).
         eta: not used; DDIM's.
     """
     for t, now, following in _visits(diffusion, path):
-        x0 = _denoise(model, diffusion, x, t)
+        x0, share = _denoise(model, diffusion, x, t)
         alpha = now / following  # alpha of the whole stride; with no step skipped, alpha_t
         beta = 1 - alpha
         # eq. 7: the mean of q(x_{t-1} | x_t, x_0)
         x = (math.sqrt(following) * beta / (1 - now)) * x0 + (math.sqrt(alpha) * (1 - following) / (1 - now)) * x
         if following < 1:
-            x = x + math.sqrt(beta if variance == "fixed_large" else beta * (1 - following) / (1 - now)) * noise()
+            small = beta * (1 - following) / (1 - now)
+            if variance == "learned" and share is not None:
+                sigma = torch.exp(0.5 * (math.log(small) + (share + 1) / 2 * math.log(beta / small)))
+                x = x + sigma * noise()
+            else:
+                x = x + math.sqrt(beta if variance == "fixed_large" else small) * noise()
         yield Step(t, x, x0)
 
 
 def ddim(
-    model: torch.nn.Module,
+    model: Model,
     diffusion: GaussianDiffusion,
     x: Tensor,
     path: list[int],
@@ -124,7 +135,7 @@ def ddim(
     Arguments as for `ddpm`; `variance` is not used.
     """
     for t, now, following in _visits(diffusion, path):
-        x0 = _denoise(model, diffusion, x, t)
+        x0, _ = _denoise(model, diffusion, x, t)
         epsilon = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
         sigma = eta * math.sqrt((1 - following) / (1 - now) * (1 - now / following))  # eq. 16
         x = math.sqrt(following) * x0 + math.sqrt(1 - following - sigma**2) * epsilon
@@ -133,4 +144,82 @@ def ddim(
         yield Step(t, x, x0)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+def dpm_solver(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    x: Tensor,
+    path: list[int],
+    noise: Callable[[], Tensor],
+    *,
+    variance: Variance = "fixed_small",
+    eta: float = 0.0,
+) -> Iterator[Step]:
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): second order, from the last two predictions.
+
+    Arguments as for `ddpm`; `noise`, `variance` and `eta` are not used. The first step and the last, to no noise
+    at all, are of first order.
+    """
+    before: tuple[Tensor, float] | None = None  # the last prediction of x_0, and the stride that was made with it
+    for t, now, following in _visits(diffusion, path):
+        x0, _ = _denoise(model, diffusion, x, t)
+        if following == 1:
+            x = x0
+        else:
+            stride = _log_snr(following) - _log_snr(now)  # h
+            direction = x0
+            if before is not None:
+                r = before[1] / stride
+                direction = x0 + (x0 - before[0]) / (2 * r)
+            scale = math.sqrt((1 - following) / (1 - now))
+            x = scale * x - math.sqrt(following) * math.expm1(-stride) * direction
+            before = x0, stride
+        yield Step(t, x, x0)
+
+
+def _log_snr(alpha_bar: float) -> float:
+    """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver}
+
+
+def draw(
+    model: UNet,
+    diffusion: GaussianDiffusion,
+    params: Sample,
+    seed: int,
+    count: int,
+    device: torch.device,
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+) -> np.ndarray:
+    """Samples 0 ... count-1 of a seed, in batches: uint8 (count, H, W, C), rounded to the nearest level.
+
+    Args:
+        params: sampler, steps and batch size; its own seed and count are not used.
+        on_step: is told (index of the batch's first sample, network evaluations so far, x (B, C, H, W)), from the
+            start noise, at 0 evaluations, to the sample.
+
+    Raises:
+        UserError: the model wants labels, or has fewer timesteps than steps are asked for.
+    """
+    if model.config.num_class_embeds is not None:
+        raise UserError("models/ddpm: is class-conditional; only unconditional models can be sampled from here")
+    size, channels = model.config.sample_size, model.config.in_channels
+    path = timesteps(diffusion.timesteps, params.steps, params.spacing)
+    images = np.empty((count, size, size, channels), dtype=np.uint8)
+    with Progress(count * len(path), f"{params.sampler}, {len(path)} evaluations an image", "eval") as bar:
+        for start in range(0, count, params.batch_size):
+            indices = range(start, min(start + params.batch_size, count))
+            noise = ImageNoise(seed, indices, model.config, device)
+            x = noise()
+            if on_step:
+                on_step(start, 0, x)
+            steps = SAMPLERS[params.sampler](model, diffusion, x, path, noise, variance=params.variance, eta=params.eta)
+            for i, step in enumerate(steps, 1):
+                x = step.x
+                if on_step:
+                    on_step(start, i, x)
+                bar.update(len(indices))
+            images[indices.start : indices.stop] = to_pixels(x)
+    return images

@@ -20,6 +20,7 @@ from ddpm.diffusion import GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.images import to_model_range, to_pixels
 from ddpm.pictures import grid
+from ddpm.pipeline_io import load_weights
 from ddpm.progress import Progress
 from ddpm.runtime import Interrupted, signals_deferred
 from ddpm.seeding import derive
@@ -104,11 +105,12 @@ def train(model: UNet, images: np.ndarray, job: Job, state: ResumeState) -> UNet
     """Train to the end, from the state if there is one, and return the averaged network.
 
     Args:
-        model: moved to the job's device; its weights are drawn from the seed.
+        model: moved to the job's device; its weights are drawn from the seed, or read from train.init_from.
         images: uint8 (N, H, W, C).
 
     Raises:
-        UserError: fewer images than a batch, a refused setting, or a loss that is no longer finite.
+        UserError: fewer images than a batch, a folder to start from that does not fit, a refused setting, or a loss
+            that is no longer finite.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     p, device = job.train, job.device
@@ -119,7 +121,10 @@ def train(model: UNet, images: np.ndarray, job: Job, state: ResumeState) -> UNet
         )
     per_epoch = len(images) // p.batch_size
     total = p.steps if p.steps is not None else per_epoch * (p.epochs or 0)
-    initialise(model, torch.Generator().manual_seed(derive(p.seed, "init")))
+    if p.init_from is None:
+        initialise(model, torch.Generator().manual_seed(derive(p.seed, "init")))
+    else:
+        model.load_state_dict(load_weights(p.init_from, model.config))
     model.to(device).train()
     ema = EMA(model, p.ema_decay)
     try:
@@ -193,7 +198,7 @@ def _step(model: UNet, optimizer: Optimizer, batch: Tensor, step: int, job: Job)
     t = torch.randint(0, job.diffusion.timesteps, (len(x0),), device=job.device)
     noise = torch.randn_like(x0)
     with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=p.precision == "bf16"):
-        loss = job.diffusion.losses(model, x0, t, noise).mean()
+        loss = job.diffusion.losses(model, x0, t, noise, p.weighting).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), p.grad_clip or float("inf"))

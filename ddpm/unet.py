@@ -15,11 +15,22 @@ from ddpm.config import Model
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The shape of a U-Net. Names follow diffusers; levels are counted from the full resolution down.
+    """The shape of a U-Net; the default values are the paper's. Names follow diffusers, attention apart.
 
     Attributes:
-        attention: one flag a level: self-attention after each of its residual blocks, down and up alike.
-        attention_head_dim: channels a head; None for a single head, as in the paper.
+        sample_size: height and width of the images, in pixels.
+        attention: one flag a level, from the full resolution down: self-attention after each residual block.
+        up_attention: the same for the way up, also from the full resolution down; left empty, as on the way down.
+        attention_head_dim: channels a head; None for a single head.
+        add_attention: attention in the middle.
+        downsample_padding: 0 pads the stride-2 convolutions on the right and bottom only, 1 on all sides.
+        flip_sin_to_cos: cosines before sines in the time embedding.
+        freq_shift: 1 makes the lowest frequency of the time embedding exactly 1/10000; 0 stays above it.
+        num_class_embeds: number of classes of a class-conditional network.
+        center_input_sample: inputs are in [0, 1], and the network takes them to [-1, 1].
+
+    Raises:
+        ValueError: values that do not fit together.
     """
 
     sample_size: int
@@ -28,18 +39,54 @@ class UNetConfig:
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     attention: tuple[bool, ...]
+    up_attention: tuple[bool, ...] = ()
     dropout: float = 0.0
     norm_num_groups: int = 32
-    norm_eps: float = 1e-6  # the paper's code; torch's default is 1e-5
+    norm_eps: float = 1e-6  # torch's default is 1e-5
     attention_head_dim: int | None = None
+    add_attention: bool = True
+    downsample_padding: int = 0
+    flip_sin_to_cos: bool = False
+    freq_shift: int = 1
+    num_class_embeds: int | None = None
+    center_input_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.up_attention:
+            object.__setattr__(self, "up_attention", self.attention)  # the dataclass is frozen
+        widths, groups, head = self.block_out_channels, self.norm_num_groups, self.attention_head_dim
+        counts = [self.sample_size, self.in_channels, self.out_channels, self.layers_per_block, groups, *widths]
+        if not widths or min(counts) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("sizes, channels and counts must be at least 1, and dropout from 0 up and below 1")
+        if not len(widths) == len(self.attention) == len(self.up_attention):
+            raise ValueError(
+                f"{len(widths)} block_out_channels, {len(self.attention)} blocks down and {len(self.up_attention)} up: "
+                f"must be as many of each"
+            )
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps = {self.norm_eps}: must be above 0")
+        if self.sample_size % 2 ** (len(widths) - 1):
+            raise ValueError(f"sample_size = {self.sample_size}: must be a multiple of {2 ** (len(widths) - 1)}")
+        if any(width % groups for width in widths):
+            raise ValueError(f"norm_num_groups = {groups}: must divide every one of block_out_channels = {widths}")
+        attends = [down or up for down, up in zip(self.attention, self.up_attention, strict=True)]
+        attends[-1] |= self.add_attention
+        if head is not None and (head < 1 or any(w % head for w, a in zip(widths, attends, strict=True) if a)):
+            raise ValueError(f"attention_head_dim = {head}: must divide the channels wherever there is attention")
+        if self.downsample_padding not in (0, 1):
+            raise ValueError(f"downsample_padding = {self.downsample_padding}: only 0 and 1 are known")
+        if widths[0] // 2 == self.freq_shift:  # the divisor of the frequencies would be zero
+            raise ValueError(f"freq_shift = {self.freq_shift}: must not be half of block_out_channels[0]")
+        if self.num_class_embeds is not None and self.num_class_embeds < 1:
+            raise ValueError(f"num_class_embeds = {self.num_class_embeds}: must be at least 1, or null")
 
 
-def unet_config(model: Model, image_size: int, channels: int) -> UNetConfig:
+def unet_config(model: Model, image_size: int, channels: int, learn_variance: bool) -> UNetConfig:
     """The network that the parameters' `model` section describes, for images of this size (pixels)."""
     return UNetConfig(
         sample_size=image_size,
         in_channels=channels,
-        out_channels=channels,
+        out_channels=channels * (2 if learn_variance else 1),
         block_out_channels=tuple(model.base_channels * multiplier for multiplier in model.channel_multipliers),
         layers_per_block=model.blocks_per_level,
         attention=tuple(model.attention),
@@ -48,15 +95,17 @@ def unet_config(model: Model, image_size: int, channels: int) -> UNetConfig:
     )
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding, sines before cosines: t (B,) to float32 (B, dim).
+def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
+    """Sinusoidal embedding: t (B,) to float32 (B, dim).
 
-    Frequencies run from 1 to 1/10000 inclusive: the divisor is half - 1, as in the paper's code.
+    As in the paper's code unless told otherwise: sines before cosines, and frequencies from 1 to 1/10000 inclusive,
+    since the divisor is half - 1. The last column of an odd dim is zero.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device, dtype=torch.float32))
+    freqs = torch.exp(-math.log(10000) / (half - freq_shift) * torch.arange(half, device=t.device, dtype=torch.float32))
     angles = t.float()[:, None] * freqs[None]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(waves, dim=1), (0, dim % 2))
 
 
 class TimeEmbedding(nn.Module):
@@ -115,14 +164,14 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution, padded on the right and bottom only."""
+    """Stride-2 convolution, padded on all sides, or (padding 0, the paper's) on the right and bottom only."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -144,7 +193,7 @@ class DownBlock(nn.Module):
         n = config.layers_per_block
         self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, time, config) for i in range(n))
         self.attentions = nn.ModuleList(Attention(c_out, config) for _ in range(n if attention else 0))
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, config.downsample_padding)])
 
     def forward(self, x: Tensor, silu_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -160,15 +209,18 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the smallest size."""
+    """Residual block, attention (unless the network has none here), residual block at the smallest size."""
 
     def __init__(self, channels: int, time: int, config: UNetConfig) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(channels, config)])
+        self.attentions = nn.ModuleList([Attention(channels, config)] if config.add_attention else [])
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, time, config) for _ in range(2))
 
     def forward(self, x: Tensor, silu_temb: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, silu_temb)), silu_temb)
+        x = self.resnets[0](x, silu_temb)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x, silu_temb)
 
 
 class UpBlock(nn.Module):
@@ -195,7 +247,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts epsilon, x0 or v from a noisy image and its timestep."""
+    """Predicts epsilon, x0 or v from a noisy image, its timestep, and its class if the network is conditional."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -204,6 +256,8 @@ class UNet(nn.Module):
         time = widths[0] * 4
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time)
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, time)
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
         c = widths[0]
@@ -216,15 +270,31 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(c, width, taken, config.attention[level], level == 0, time, config))
+            self.up_blocks.append(UpBlock(c, width, taken, config.up_attention[level], level == 0, time, config))
             c = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: float (B, C, H, W) in about [-1, 1]; t: integer (B,) in [0, T). Returns (B, out_channels, H, W)."""
-        temb = F.silu(self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0])))
-        x = self.conv_in(x)
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The prediction, float (B, out_channels, H, W).
+
+        Args:
+            x: float (B, C, H, W) in about [-1, 1].
+            t: integer (B,) in [0, T).
+            labels: int64 (B,) in [0, num_class_embeds); for class-conditional networks, and only for them.
+
+        Raises:
+            ValueError: labels are missing, or the network takes none.
+        """
+        c = self.config
+        if (labels is None) != (c.num_class_embeds is None):
+            takes = "no labels" if labels is not None else f"labels below {c.num_class_embeds}, one an image"
+            raise ValueError(f"this U-Net takes {takes} (num_class_embeds = {c.num_class_embeds})")
+        temb = self.time_embedding(timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift))
+        if labels is not None:
+            temb = temb + self.class_embedding(labels)
+        temb = F.silu(temb)  # once, where diffusers does it in each residual block
+        x = self.conv_in(2 * x - 1 if c.center_input_sample else x)
         skips = [x]
         for block in self.down_blocks:
             x, new = block(x, temb)
@@ -239,7 +309,7 @@ class UNet(nn.Module):
 def initialise(unet: UNet, generator: torch.Generator) -> None:
     """The paper's initial weights: uniform with variance 1 / fan_avg, zero biases, and zero for the last
     convolution of each residual block, each attention output and the output, so that a new network is near
-    the identity and predicts zero."""
+    the identity and predicts zero. Class embeddings are standard normal."""
     zero = {unet.conv_out}
     for module in unet.modules():
         if isinstance(module, ResnetBlock):
@@ -254,3 +324,5 @@ def initialise(unet: UNet, generator: torch.Generator) -> None:
                 nn.init.xavier_uniform_(module.weight, generator=generator)
             if module.bias is not None:
                 module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, generator=generator)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ddpm.errors import UserError
 from ddpm.runtime import root, run_stage
 
 SECTIONS = ("runtime", "model", "diffusion", "optimizer", "lr_schedule", "train", "tracking")
@@ -16,18 +17,23 @@ def main(params: Any) -> None:
     from ddpm.data import load_images, load_info
     from ddpm.device import choose_device
     from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
-    from ddpm.pipeline_io import save_model
+    from ddpm.pipeline_io import save_model, weights_sha256
     from ddpm.tracking import Tracker
     from ddpm.training import Job, train
     from ddpm.unet import UNet, unet_config
 
+    init = params.train.init_from
+    if init is not None and Path(init).resolve() == MODEL.resolve():
+        raise UserError(f"params.yaml: train.init_from = {init}: is removed before each training; start from a copy")
     data = load_info(DATA)
     images = load_images(DATA, "train")
     config = {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
-    run = fingerprint(config, data["sha256"])
+    start = {} if init is None else {"init_from": weights_sha256(init)}
+    run = fingerprint(config, data["sha256"], start)
     device = choose_device(params.runtime)
-    model = UNet(unet_config(params.model, image_size=data["shape"][0], channels=data["shape"][2]))
     diffusion = DiffusionConfig(**params.diffusion.model_dump())
+    size, _, channels = data["shape"]
+    model = UNet(unet_config(params.model, size, channels, diffusion.learn_variance))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
     with (
         ResumeState(root() / ".state" / f"train-{run}") as state,
@@ -46,7 +52,7 @@ def main(params: Any) -> None:
         averaged = train(model, images, job, state)
         tracker.finish()
         shutil.copytree(pictures, RESULTS / "pictures", dirs_exist_ok=True)
-        save_model(MODEL, averaged, diffusion, provenance={"data": data, "params": config})
+        save_model(MODEL, averaged, diffusion, provenance={"data": data, "params": config} | start)
         state.remove()
 
 

@@ -218,9 +218,9 @@ def test_as_many_neighbours_as_samples_are_refused():
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("diffusion.schedule", "'linear' or 'cosine'"),
+        ("diffusion.schedule", "'linear', 'cosine' or 'sigmoid'"),
         ("diffusion.prediction", "'epsilon', 'x0' or 'v'"),
-        ("sample.sampler", "'ddpm' or 'ddim'"),
+        ("sample.sampler", "'ddpm', 'ddim' or 'dpm_solver'"),
         ("runtime.device", "'auto', 'cpu' or 'cuda'"),
         ("tracking.wandb", "'auto', 'online', 'offline' or 'disabled'"),
         ("dataset.name", "'digits', 'cifar10', 'mnist', 'fashion_mnist' or 'folder'"),

@@ -67,3 +67,69 @@ def test_the_loss_of_a_network_that_predicts_zero_is_the_power_of_its_target():
     assert losses.shape == (64,)
     torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2, 3)))
     assert losses.mean().item() == pytest.approx(1.0, abs=0.05)  # normal noise; uniform on [0, 1] would give 1/3
+
+
+def test_the_sigmoid_schedule_runs_between_its_betas():
+    sigmoid = diffusion("sigmoid")
+    assert sigmoid.betas[0] == pytest.approx(1e-4 + (0.02 - 1e-4) / (1 + math.exp(6)))
+    assert sigmoid.betas[499:501].mean() == pytest.approx((0.02 + 1e-4) / 2)
+
+
+def test_the_posterior_is_that_of_bayes():
+    """q(x_{t-1} | x_t, x_0) from its two factors, for one dimension."""
+    d = diffusion()
+    x0, x_t = 0.3, -0.8
+    for t in (1, 10, 500, 999):
+        alpha, before = 1 - d.betas[t], d.alphas_cumprod[t - 1]
+        precision = alpha / d.betas[t] + 1 / (1 - before)
+        mean = (math.sqrt(alpha) * x_t / d.betas[t] + math.sqrt(before) * x0 / (1 - before)) / precision
+        tensor = torch.full((1, 1, 1, 1), 1.0)
+        assert d.posterior_mean(x0 * tensor, x_t * tensor, torch.tensor([t])).item() == pytest.approx(mean, rel=1e-5)
+        assert d.posterior_variance[t] == pytest.approx(1 / precision, rel=1e-9)
+        log_small = d.log_variance(torch.tensor([t]), "fixed_small", None)
+        assert log_small.item() == pytest.approx(-math.log(precision), rel=1e-5)
+    assert d.posterior_variance[0] == d.posterior_variance[1] == pytest.approx(5.453e-5, rel=1e-3)
+
+
+def test_a_learned_variance_lies_between_its_two_bounds():
+    d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "epsilon", learn_variance=True))
+    t = torch.tensor([500])
+    small, large = (d.log_variance(t, kind, None) for kind in ("fixed_small", "fixed_large"))
+    for share, expected in ((-1.0, small), (1.0, large), (0.0, (small + large) / 2)):
+        torch.testing.assert_close(d.log_variance(t, "learned", torch.full((1, 1, 1, 1), share)), expected)
+
+
+def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone():
+    config = DiffusionConfig(100, "cosine", "epsilon", learn_variance=True)
+    g = torch.Generator().manual_seed(0)
+    x0, noise, raw = (torch.rand(4, 1, 4, 4, generator=g) * 2 - 1 for _ in range(3))
+    t = torch.tensor([0, 1, 50, 99])
+    output = torch.cat([raw, raw.flip(0)], dim=1).requires_grad_()
+    GaussianDiffusion(config).losses(lambda x, t: output, x0, t, noise).sum().backward()
+    prediction = raw.clone().requires_grad_()
+    GaussianDiffusion(DiffusionConfig(100, "cosine", "epsilon")).losses(
+        lambda x, t: prediction, x0, t, noise
+    ).sum().backward()
+    torch.testing.assert_close(output.grad[:, :1], prediction.grad)
+    assert output.grad[1:, 1:].abs().sum() > 0  # the variance learns from the bound
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_min_snr_gives_one_weight_to_the_error_of_x0_whatever_is_predicted(prediction):
+    """The same mistake in x_0 costs the same in each parametrisation: min(SNR, 5) times its square."""
+    d = diffusion("cosine", prediction)
+    g = torch.Generator().manual_seed(0)
+    x0, noise = torch.rand(6, 1, 4, 4, generator=g) * 2 - 1, torch.randn(6, 1, 4, 4, generator=g)
+    t = torch.tensor([50, 200, 400, 600, 800, 900])
+    x_t = d.q_sample(x0, t, noise)
+    wrong = x0 + 0.1
+    signal, sigma = (table[t.numpy()] for table in (d.sqrt_alphas_cumprod, d.sqrt_one_minus_alphas_cumprod))
+    epsilon = (x_t - torch.tensor(signal).view(-1, 1, 1, 1) * wrong) / torch.tensor(sigma).view(-1, 1, 1, 1)
+    outputs = {
+        "x0": wrong,
+        "epsilon": epsilon.float(),
+        "v": (torch.tensor(signal).view(-1, 1, 1, 1) * epsilon - torch.tensor(sigma).view(-1, 1, 1, 1) * wrong).float(),
+    }
+    losses = d.losses(lambda x, t: outputs[prediction], x0, t, noise, "min_snr")
+    snr = signal**2 / sigma**2
+    np.testing.assert_allclose(losses.numpy(), 0.01 * np.minimum(snr, 5), rtol=2e-3)

@@ -1,3 +1,4 @@
+import hashlib
 import math
 
 import numpy as np
@@ -73,14 +74,33 @@ def inception_weights(path):
     torch.save(blank.state_dict(), path)
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A weights file where torch looks for what it has downloaded: <TORCH_HOME>/hub/checkpoints/."""
+    path = tmp_path_factory.mktemp("torch") / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+    path.parent.mkdir(parents=True)
+    inception_weights(path)
+    return path
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_inception_features_come_from_the_given_weights_file(tmp_path, channels):
-    inception_weights(tmp_path / "weights.pth")
+def test_inception_features_come_from_the_given_weights_file(weights, channels):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, channels), dtype=np.uint8)
-    features = metrics.extract_features(images, "inception", str(tmp_path / "weights.pth"), batch_size=2, device=CPU)
+    features = metrics.extract_features(images, "inception", str(weights), batch_size=2, device=CPU)
     assert features.shape == (3, 2048)
     assert features.isfinite().all()
     assert features.std(dim=0).max() > 0
+
+
+def test_the_digest_is_that_of_the_weights_that_were_loaded(weights, tmp_path, monkeypatch):
+    expected = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert metrics.weights_digest("inception", str(weights)) == expected
+    assert metrics.weights_digest("pixels", str(weights)) == "none"
+    monkeypatch.setenv("TORCH_HOME", str(weights.parents[2]))  # already downloaded: loaded with no network
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    assert metrics.extract_features(images, "inception", None, 1, CPU).shape == (1, 2048)
+    assert metrics.weights_digest("inception", None) == expected
 
 
 @pytest.mark.parametrize("content", [None, b"no weights"])
@@ -97,6 +117,35 @@ def test_without_a_network_the_error_says_which_file_to_give(tmp_path, monkeypat
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"inception_weights = None: .*; give the file weights-inception"):
         metrics.extract_features(np.zeros((2, 32, 32, 3), np.uint8), "inception", None, 2, CPU)
+
+
+def test_a_distance_to_a_single_image_is_not_defined():
+    assert math.isnan(metrics.frechet_distance(gaussian(10), gaussian(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nearest_point_is_found_across_all_chunks(dtype):
+    points, queries = gaussian(20_000, dim=2).to(dtype), gaussian(3000, dim=2, seed=1).to(dtype)
+    queries[17], queries[2999] = points[19_999], points[8192]
+    distance, index = metrics.nearest(queries, points, CPU)
+    expected = torch.cdist(queries.double(), points.double(), compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    np.testing.assert_array_equal(index, expected.indices.numpy())
+    np.testing.assert_allclose(distance, expected.values.numpy(), rtol=1e-12)
+    assert distance[17] == distance[2999] == 0  # a copy
+
+
+def test_of_copies_in_the_training_set_the_first_is_the_nearest():
+    points = gaussian(10).repeat(2000, 1)
+    assert metrics.nearest(points[13:14], points, CPU)[1] == [3]
+
+
+def test_the_memorisation_ratio_is_0_for_copies_and_1_for_new_images():
+    train, new, held_out = gaussian(1000), gaussian(400, seed=1), gaussian(400, seed=2)
+    to_train = lambda features: metrics.nearest(features, train, CPU)[0]  # noqa: E731
+    assert metrics.memorisation_ratio(to_train(train[:100]), to_train(held_out)) == 0
+    assert metrics.memorisation_ratio(to_train(new), to_train(held_out)) == pytest.approx(1, abs=0.1)
+    assert metrics.memorisation_ratio(to_train(train[:100] + 0.01), to_train(held_out)) < 0.1
+    assert math.isnan(metrics.memorisation_ratio(to_train(new), to_train(train)))
 
 
 def test_the_held_out_loss_of_a_known_network_is_its_closed_form():

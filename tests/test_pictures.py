@@ -32,3 +32,14 @@ def test_a_picture_is_written_with_the_same_bytes(tmp_path):
 def test_nothing_to_show_is_said():
     with pytest.raises(ValueError, match="no image"):
         pictures.tile(np.empty((0, 8, 8, 1), dtype=np.uint8), columns=1)
+
+
+def test_pairs_stand_closer_together_than_what_is_beside_them():
+    left, right = (np.full((3, 8, 8, 1), value, dtype=np.uint8) for value in (10, 20))
+    picture = np.asarray(pictures.pairs(left, right, columns=2))
+    assert picture.shape == (2 * 40 + 3 * 16, 2 * 82 + 3 * 16)
+    row = picture[20]
+    assert row[16:56].tolist() == [10] * 40
+    assert row[56:58].tolist() == [255] * 2
+    assert row[58:98].tolist() == [20] * 40
+    assert row[98:114].tolist() == [255] * 16

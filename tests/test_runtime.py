@@ -84,7 +84,7 @@ def test_an_impatient_second_signal_changes_nothing(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_stage_dies_with_its_parent(tmp_path):
-    shell = ["sh", "-c", f"{sys.executable} stage.py; true"]  # `; true` keeps the shell as the parent
+    shell = ["sh", "-c", f"'{sys.executable}' stage.py; true"]  # `; true` keeps the shell as the parent
     with subprocess.Popen(shell, **prepare(tmp_path, SLEEP)) as parent:
         assert parent.stdout.readline() == "ready\n"
         parent.kill()

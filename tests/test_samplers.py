@@ -1,15 +1,17 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
 
 from ddpm import samplers
+from ddpm.config import check
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
-from tests.conftest import small_unet
+from tests.conftest import composed, small_unet
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,7 @@ def drawn(name, steps, d, model, count=20_000, **options):
         ("ddpm", 1000, {}),
         ("ddpm", 1000, {"variance": "fixed_large"}),
         ("ddim", 200, {}),
+        ("dpm_solver", 100, {}),
         ("ddim", 1000, {"eta": 1.0}),
     ],
 )
@@ -125,7 +128,7 @@ def test_more_steps_than_timesteps_are_refused(steps):
         samplers.timesteps(10, steps, "leading")
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_no_noise_is_added_at_the_last_step(name):
     d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
     calls = []
@@ -137,7 +140,7 @@ def test_no_noise_is_added_at_the_last_step(name):
     *_, last = samplers.SAMPLERS[name](
         small_unet(), d, torch.zeros(2, 1, 8, 8), samplers.timesteps(10, 10, "leading"), noise, eta=1.0
     )
-    assert len(calls) == 9
+    assert len(calls) == (0 if name == "dpm_solver" else 9)
     assert torch.equal(last.x, last.x0) or torch.allclose(last.x, last.x0, atol=1e-6)
 
 
@@ -150,6 +153,13 @@ def test_an_image_depends_on_its_own_number_alone():
     assert not torch.equal(apart(), samplers.ImageNoise(4, range(6, 9), unet.config, CPU)())
 
 
+def test_a_class_conditional_model_is_refused_in_one_line():
+    params = check(composed()).sample
+    d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
+    with pytest.raises(UserError, match=r"class-conditional"):
+        samplers.draw(small_unet(num_class_embeds=3), d, params, 0, 2, CPU)
+
+
 def test_x0_is_clipped_before_the_mean_is_built():
     d = GaussianDiffusion(DiffusionConfig(10, "linear", "x0"))
     wild = lambda x, t: torch.full_like(x, 7.0)  # noqa: E731
@@ -157,3 +167,73 @@ def test_x0_is_clipped_before_the_mean_is_built():
     x = torch.zeros(1, 1, 8, 8)
     results = [[s.x for s in samplers.ddpm(m, d, x, [9, 4, 0], lambda: torch.zeros_like(x))] for m in (wild, tame)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_solver_is_of_second_order_and_ddim_of_first():
+    """Distance to the exact solution of the probability-flow ODE for normal data, as the steps double."""
+    d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
+    mean, std = 0.1, 0.2
+    x = torch.randn(500, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = exact_gaussian(d, mean, std)
+
+    def error(sampler, steps):
+        # equal strides in log-SNR from t = 900 to t = 100, and one more step, which is not looked at
+        log_snr = np.log(d.alphas_cumprod / (1 - d.alphas_cumprod)) / 2
+        wanted = np.linspace(log_snr[900], log_snr[100], steps + 1)
+        path = [int(np.abs(log_snr - value).argmin()) for value in wanted]
+        *_, before_last, _ = sampler(model, d, x, path, lambda: x)
+        a, b = (float(d.alphas_cumprod[t]) for t in (path[0], path[-1]))
+        spread = math.sqrt((b * std**2 + 1 - b) / (a * std**2 + 1 - a))
+        exact = math.sqrt(b) * mean + spread * (x - math.sqrt(a) * mean)
+        return (before_last.x - exact).abs().mean().item()
+
+    def order(sampler):
+        errors = [error(sampler, steps) for steps in (8, 16, 32)]
+        return [math.log2(a / b) for a, b in pairwise(errors)]
+
+    assert all(0.8 < value < 1.3 for value in order(samplers.ddim))
+    assert all(value > 1.6 for value in order(samplers.dpm_solver))
+    assert error(samplers.dpm_solver, 16) < error(samplers.ddim, 16) / 4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])  # diffusers' solver has no sigmoid
+def test_every_step_of_the_solver_equals_diffusers(schedule):
+    d = GaussianDiffusion(DiffusionConfig(1000, schedule, "x0"))
+    unet = small_unet()
+    model = lambda x, t: torch.tanh(unet(x, t))  # noqa: E731  inside [-1, 1]: diffusers' solver does not clip
+    path = samplers.timesteps(1000, 20, "trailing")
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule],
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps.tolist() == path
+    scheduler.sigmas = torch.tensor([math.sqrt((1 - a) / a) for a in d.alphas_cumprod[path]] + [0.0])
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    start = x
+    with torch.no_grad():
+        for t, step in zip(path, samplers.dpm_solver(model, d, start, path, lambda: start), strict=True):
+            x = scheduler.step(model(x, torch.full((2,), t)), t, x).prev_sample
+            torch.testing.assert_close(step.x, x, rtol=1e-5, atol=1e-5 * max(1.0, float(x.abs().max())))
+
+
+@pytest.mark.parametrize("steps", [1000, 100])
+def test_a_learned_variance_is_drawn_as_diffusers_draws_it(steps):
+    d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "epsilon", learn_variance=True))
+    unet = small_unet(out_channels=2)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
+    scheduler.betas, scheduler.alphas_cumprod = torch.from_numpy(d.betas), torch.from_numpy(d.alphas_cumprod)
+    scheduler.alphas, scheduler.one = 1 - scheduler.betas, torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    x, draw = torch.randn(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = samplers.timesteps(1000, steps, "leading")
+    for t in (path[0], path[len(path) // 2], path[-2]):
+        following = path[path.index(t) + 1]
+        step = next(samplers.ddpm(unet, d, x, [t, following], lambda: draw, variance="learned"))
+        with torch.no_grad():
+            expected = one_step_of_diffusers(scheduler, unet(x, torch.full((2,), t)), t, x, draw, 0.0)
+        torch.testing.assert_close(step.x, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

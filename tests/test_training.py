@@ -3,15 +3,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from ddpm.checkpoint import ResumeState
 from ddpm.config import Tracking, check
+from ddpm.data import as_tensor
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
+from ddpm.images import to_model_range
 from ddpm.runtime import Interrupted
 from ddpm.tracking import Tracker
 from ddpm.training import EMA, Job, make_lr_schedule, train
-from ddpm.unet import UNet
+from ddpm.unet import UNet, initialise
 from tests.conftest import composed, small_unet
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -116,24 +119,23 @@ def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
     assert curves.pictures[:2] == ["inputs", "noise"]
 
 
-def test_four_images_are_learnt_by_heart_on_every_seed(tmp_path):
-    from ddpm.images import to_model_range
-    from ddpm.unet import initialise
-
+@pytest.mark.parametrize("seed", range(20))
+def test_four_images_are_learnt_in_fifty_steps_on_every_seed(seed):
     diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
-    for seed in range(3):
-        unet = UNet(small_unet(block_out_channels=(32, 32)).config)
-        initialise(unet, torch.Generator().manual_seed(seed))
-        optimizer = torch.optim.Adam(unet.parameters(), lr=5e-4)
-        torch.manual_seed(seed)
-        x0 = to_model_range(torch.from_numpy(IMAGES[:4]).permute(0, 3, 1, 2))
-        for _ in range(50):
-            t, noise = torch.randint(0, 1000, (4,)), torch.randn_like(x0)
-            loss = diffusion.losses(unet, x0, t, noise).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert loss.item() < 0.75
+    unet = UNet(small_unet(block_out_channels=(32, 64)).config)
+    initialise(unet, torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.Adam(unet.parameters(), lr=5e-4)
+    torch.manual_seed(seed)
+    x0 = to_model_range(as_tensor(np.rint(load_digits().images[:4, ..., None] * 255 / 16).astype(np.uint8)))
+    for _ in range(50):
+        t, noise = torch.randint(0, 1000, (4,)), torch.randn_like(x0)
+        optimizer.zero_grad()
+        diffusion.losses(unet, x0, t, noise).mean().backward()
+        optimizer.step()
+    # measured at all noise levels and not at four, so that the result is no matter of luck
+    x0, t = x0.repeat(64, 1, 1, 1), torch.arange(256) * 1000 // 256
+    with torch.no_grad():
+        assert diffusion.losses(unet, x0, t, torch.randn_like(x0)).mean().item() < 0.5
 
 
 def test_epochs_are_counted_in_whole_batches(tmp_path):
@@ -149,7 +151,7 @@ def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch, flip):
     images[:, :, 0] = 255  # the left column is white
     original = GaussianDiffusion.losses
     monkeypatch.setattr(
-        GaussianDiffusion, "losses", lambda self, m, x0, t, n: (seen.append(x0), original(self, m, x0, t, n))[1]
+        GaussianDiffusion, "losses", lambda self, m, x0, *rest: (seen.append(x0), original(self, m, x0, *rest))[1]
     )
     run(tmp_path, f"train.flip={flip}", images=images)
     left = torch.cat(seen)[:, 0, :, 0].eq(1).all(dim=1).float().mean().item()

@@ -33,6 +33,10 @@ def test_a_run_makes_all_that_the_design_promises(smoke):
         "results/sample/denoising.png",
         "results/evaluate/metrics.json",
         "results/evaluate/loss_by_timestep.json",
+        "results/evaluate/bound_by_timestep.json",
+        "results/evaluate/fd_by_nfe.json",
+        "results/evaluate/card.md",
+        "results/evaluate/neighbours.png",
     ):
         assert (smoke.folder / path).is_file(), path
     assert not list((smoke.folder / ".state").glob("*")), "the resume state outlived the run"

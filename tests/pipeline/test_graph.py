@@ -86,7 +86,7 @@ def test_the_committed_lock_agrees_with_the_tree():
             assert value == params[section], (name, section)
         files = [entry for entry in stage["deps"] + stage["outs"] if Path(ROOT / entry["path"]).is_file()]
         for entry in files:
-            if entry["path"].startswith("samples/"):
+            if entry["path"].startswith(("samples/", "results/evaluate/card.md")):
                 continue  # not in git: whatever was made here last
             assert hashlib.md5((ROOT / entry["path"]).read_bytes()).hexdigest() == entry["md5"], entry["path"]
 

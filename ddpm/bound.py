@@ -1,0 +1,106 @@
+"""The variational bound on the likelihood of images, term by term (Ho et al. 2020, section 3 and 4.3)."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.data import as_tensor
+from ddpm.diffusion import GaussianDiffusion, Variance
+from ddpm.images import to_model_range
+from ddpm.progress import Progress
+from ddpm.samplers import Model
+from ddpm.seeding import generator
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The mean over images of each term, in bits a dimension.
+
+    Attributes:
+        prior: L_T, what x_T still knows of the image.
+        terms: float64 (T,): L_0, the cost of the pixels given x_1, then L_{t} of each step t = 1 ... T-1.
+        x0_mse: float64 (T,): the mean squared error of the prediction of x_0 at each t, in [-1, 1] units.
+    """
+
+    prior: float
+    terms: np.ndarray
+    x0_mse: np.ndarray
+
+    @property
+    def bits_per_dim(self) -> float:
+        """The whole bound: an upper limit of the negative log-likelihood."""
+        return float(self.prior + self.terms.sum())
+
+    def rate_distortion(self) -> tuple[np.ndarray, np.ndarray]:
+        """What a receiver knows after the steps T-1 ... t, for each t (Ho et al. 2020, section 4.3, figure 5).
+
+        Returns:
+            rate: bits a dimension spent so far, (T,). distortion: the root mean squared error of the image that
+            it would then draw, in levels of 0 to 255, (T,).
+        """
+        spent = np.append(np.cumsum(self.terms[::-1])[::-1][1:], 0.0)
+        return self.prior + spent, 127.5 * np.sqrt(self.x0_mse)
+
+    def rows(self, ranges: int) -> list[dict[str, float]]:
+        """The bound in equal ranges of t, for a plot: bits_per_dim is the sum of the terms in the range; rate and
+        distortion are those at its lower end, as in `rate_distortion`."""
+        rate, distortion = self.rate_distortion()
+        edges = np.linspace(0, len(self.terms), min(ranges, len(self.terms)) + 1).astype(int)
+        return [
+            {
+                "timestep": int(low),
+                "bits_per_dim": float(self.terms[low:high].sum()),
+                "rate": float(rate[low]),
+                "distortion": float(distortion[low]),
+            }
+            for low, high in pairwise(edges)
+        ]
+
+
+@torch.no_grad()
+def variational_bound(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    images: np.ndarray,
+    *,
+    variance: Variance,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Bound:
+    """Evaluate every term on every image: T network evaluations an image.
+
+    Args:
+        images: uint8 (N, H, W, C).
+        variance: of the reverse process, as for sampling; fixed_large is the better bound for few training steps.
+    """
+    steps = diffusion.timesteps
+    terms, errors, prior = np.zeros(steps), np.zeros(steps), 0.0
+    with Progress(len(images) * steps, "variational bound", "eval") as bar:
+        for start in range(0, len(images), batch_size):
+            x0 = to_model_range(as_tensor(images[start : start + batch_size]).to(device))
+            draw = generator(seed, "bound", start)
+            prior += diffusion.prior_term(x0).double().sum().item()
+            for step in range(steps):
+                noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(device)
+                term, error = _term(model, diffusion, x0, step, noise, variance)
+                terms[step] += term.double().sum().item()
+                errors[step] += error.double().sum().item()
+                bar.update(len(x0))
+    return Bound(prior / len(images), terms / len(images), errors / len(images))
+
+
+def _term(
+    model: Model, diffusion: GaussianDiffusion, x0: Tensor, step: int, noise: Tensor, variance: Variance
+) -> tuple[Tensor, Tensor]:
+    """The term of one timestep and the squared error of its prediction of x_0, each (B,)."""
+    t = torch.full((len(x0),), step, device=x0.device)
+    x_t = diffusion.q_sample(x0, t, noise)
+    output, share = diffusion.split(model(x_t, t))
+    predicted = diffusion.predict_x0(x_t, t, output).clamp(-1, 1)
+    mean = diffusion.posterior_mean(predicted, x_t, t)
+    term = diffusion.bound_term(x0, x_t, t, mean, diffusion.log_variance(t, variance, share))
+    return term, (predicted - x0).square().mean(dim=(1, 2, 3))

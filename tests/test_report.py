@@ -1,0 +1,60 @@
+import json
+import math
+
+import pytest
+
+from ddpm import report
+from ddpm.config import check
+from tests.conftest import composed
+
+DATA = {"name": "digits", "shape": [8, 8, 1], "sha256": "f8286"}
+VALUES = {
+    "frechet_distance": 0.04561, "frechet_distance_mean": 0.0467, "frechet_distance_std": 0.00123,
+    "frechet_distance_train": 0.0512, "frechet_distance_test": math.nan, "samples": 100_000, "seeds": 3, "nfe": 1000,
+    "reference_images": 1797,
+}  # fmt: skip
+
+
+def card(*overrides, values=VALUES, digest="none"):
+    params = check(composed(*overrides))
+    text = report.card(values, params.evaluate, params.sample, DATA, digest)
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "|---" not in line]
+    return dict(row for row in rows if len(row) == 2)
+
+
+def test_the_card_tells_what_the_distance_was_measured_with():
+    told = card("sample=ddpm", "sample.seed=7", "evaluate=inception", "dataset=cifar10", digest="672682")
+    assert told["FID"] == "0.0456"
+    assert told["Samples"] == "100000, seed 7"
+    assert told["Sampler"] == "ddpm, trailing spacing, variance fixed_small"
+    assert told["NFE"] == "1000"
+    assert told["Quantiser"] == "uint8, round to nearest"
+    assert told["Extractor"] == "inception"
+    assert told["Extractor's weights, sha256"] == "672682"
+    assert told["Reference"] == "digits, train: 1797 images of 8x8x1"
+    assert told["Data set, sha256"] == "f8286"
+
+
+def test_a_distance_of_pixels_is_not_called_fid():
+    assert "FID" not in card()
+    assert card()["Fréchet distance"] == "0.0456"
+
+
+def test_mean_and_spread_are_told_where_several_seeds_were_asked_for():
+    assert card("evaluate.seeds=3")["Fréchet distance, 3 seeds"] == "0.0467 ± 0.0012 (mean ± standard deviation)"
+    assert not any("seeds" in name for name in card())
+
+
+def test_what_is_not_defined_for_the_data_is_said_in_the_card_and_left_out_of_the_numbers(tmp_path):
+    assert card()["Fréchet distance to train / to test"] == "0.0512 / not defined"
+    report.write_json(tmp_path / "new/metrics.json", VALUES)
+    written = json.loads((tmp_path / "new/metrics.json").read_text())
+    assert "frechet_distance_test" not in written
+    assert written["frechet_distance"] == 0.0456
+    assert written["samples"] == 100_000
+
+
+@pytest.mark.parametrize("rows", [[], [{"nfe": 5, "frechet_distance": 1.23456}]])
+def test_rows_are_written_as_a_list(tmp_path, rows):
+    report.write_json(tmp_path / "rows.json", rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row | {"frechet_distance": 1.2346} for row in rows]
