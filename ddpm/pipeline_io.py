@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ddpm.diffusion import DiffusionConfig
@@ -80,7 +80,8 @@ def save_model(folder: str | Path, unet: UNet, diffusion: DiffusionConfig, prove
     _write_json(folder / UNET_CONFIG, _unet_to_json(unet.config))
     _write_json(folder / SCHEDULER_CONFIG, _diffusion_to_json(diffusion))
     weights = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    # (save_file reports a full disk as an error of its own, without its number)
+    (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
     (folder / "README.md").write_text(_card(unet, diffusion, provenance), encoding="utf-8")
 
 

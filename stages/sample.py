@@ -1,5 +1,6 @@
 """sample: models/ddpm -> samples/images.npy and results/sample (a grid, and a strip of the denoising)."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def main(params: Any) -> None:
     print(f"{p.count} images by {p.sampler}, {len(path)} network evaluations each", flush=True)
     images = samplers.draw(unet, diffusion, p, p.seed, p.count, device, on_step=keep)
     SAMPLES.parent.mkdir(exist_ok=True)
-    np.save(SAMPLES, images)
+    buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
+    np.save(buffer, images)
+    SAMPLES.write_bytes(buffer.getbuffer())
     pictures.save(pictures.grid(images[: p.grid]), RESULTS / "grid.png")
     moments = np.stack(strip, axis=1).reshape(-1, *images.shape[1:])  # a row an image, a column a moment
     pictures.save(pictures.tile(moments, columns=len(strip)), RESULTS / "denoising.png")

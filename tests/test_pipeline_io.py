@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -27,6 +28,14 @@ CONFIG = DiffusionConfig(100, "cosine", "v")
 def folder(tmp_path):
     save_model(tmp_path / "model", small_unet(), CONFIG, {"data": {"name": "digits"}})
     return tmp_path / "model"
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as fault:
+        save_model(tmp_path, small_unet(), CONFIG, {})
+    assert fault.value.errno == errno.ENOSPC  # which run_stage tells in one line
 
 
 def test_a_model_comes_back_as_it_was_saved(folder):

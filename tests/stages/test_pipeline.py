@@ -1,5 +1,6 @@
 """The four stages one after the other, in a folder of their own, in this process."""
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -80,6 +81,18 @@ def test_samples_are_drawn_without_dropout(inside, monkeypatch):
     run(sample)
     assert seen
     assert not any(seen)
+
+
+def test_a_full_disk_is_an_error_of_the_system(inside):
+    kept = (inside / "samples/images.npy").rename(inside / "kept.npy")
+    (inside / "samples/images.npy").symlink_to("/dev/full")
+    try:
+        with pytest.raises(OSError, match="No space left") as fault:
+            run(sample)
+        assert fault.value.errno == errno.ENOSPC  # which run_stage tells in one line
+    finally:
+        (inside / "samples/images.npy").unlink()
+        kept.rename(inside / "samples/images.npy")
 
 
 def test_metrics_are_rounded_numbers_with_what_they_were_measured_on(made):
