@@ -2,8 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 REV ?=
+OUT ?= curves.png
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint plots params lock
+.PHONY: help repro test test-slow test-remote verify verify-cpu kills fuzz lint plots curves exps params lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -21,13 +22,42 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 test: lint ## Lint, types, and the whole test suite with coverage
 	pytest -n 2 --cov --cov-report=term --cov-fail-under=90
 
+test-slow: $(VENV)/.dev ## The tests that take longer
+	pytest -m slow
+
+test-remote: $(VENV)/.remote ## Push to and pull from real SSH and S3 servers, started on this machine
+	@PATH="$$PATH:/usr/sbin"; command -v sshd >/dev/null || { echo "sshd is missing: apt-get install openssh-server"; exit 1; }
+	pytest -m remote
+
+verify: $(VENV)/.dev ## Run the pipeline again in a scratch clone: does each stage give the committed bytes?
+	python -m tests.robustness.verify
+
+verify-cpu: $(VENV)/.dev ## Compare the bytes of a tiny run with those on other CPUs, emulated by qemu-user
+	@command -v qemu-x86_64 >/dev/null || { echo "qemu-x86_64 is missing: apt-get install qemu-user"; exit 1; }
+	python -m tests.robustness.cpus
+
+kills: $(VENV)/.dev ## Kill the pipeline 100 times at random moments: does the end have the bytes of an untouched run?
+	python -m tests.robustness.kills
+
+fuzz: $(VENV)/.dev ## Feed damaged and hostile parameters, images, models and states: is each told in one line?
+	python -m tests.robustness.fuzz
+
 lint: $(VENV)/.dev ## ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
 
 plots: $(VENV)/.run ## Write the page of curves and pictures; REV="main other" compares revisions
-	dvc plots $(if $(REV),diff $(REV),show) --out dvc_plots
+	python tools/plots_page.py .dvc/tmp/page.html
+	dvc plots $(if $(REV),diff $(REV),show) --html-template .dvc/tmp/page.html --out dvc_plots
+
+curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
+	dvc plots diff $(REV) --targets results/train/plots/metrics/loss.tsv --template curve_log --title "Training loss" \
+	    --x-label "training step" --y-label "mean squared error (log scale)" --show-vega | \
+	    python -c 'import sys, vl_convert; open("$(OUT)", "wb").write(vl_convert.vegalite_to_png(sys.stdin.read(), scale=1.5))'
+
+exps: $(VENV)/.run ## Show the experiments: what was changed, how good the samples are, what failed
+	python tools/exps.py
 
 params: $(VENV)/.run ## Compose params.yaml from conf/, as dvc exp run does
 	python -c 'from dvc.utils.hydra import compose_and_dump as c; c("params.yaml", "$(CURDIR)/conf", None, "config", "", [])'
@@ -37,6 +67,8 @@ lock: $(VENV)/.dev ## Compile the pinned requirements again from pyproject.toml
 	    pyproject.toml -o requirements.txt
 	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --upgrade \
 	    pyproject.toml --extra dev -c requirements.txt -o requirements-dev.txt
+	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --upgrade \
+	    pyproject.toml --extra remote -c requirements-dev.txt -o requirements-remote.txt
 
 # The stamps say which requirements are installed; a newer file installs again
 $(VENV)/.run: requirements.txt
@@ -46,4 +78,8 @@ $(VENV)/.run: requirements.txt
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.remote: requirements-remote.txt $(VENV)/.dev
+	$(INSTALL) -r requirements-remote.txt
 	@touch $@

@@ -1,13 +1,16 @@
 """The variational bound on the likelihood of images, term by term (Ho et al. 2020, section 3 and 4.3)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.data import as_tensor
+from ddpm.checkpoint import Keep, not_kept
+from ddpm.data import as_tensor, told_labels
 from ddpm.diffusion import GaussianDiffusion, Variance
 from ddpm.images import to_model_range
 from ddpm.progress import Progress
@@ -62,35 +65,49 @@ class Bound:
 
 @torch.no_grad()
 def variational_bound(
-    model: Model,
+    model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
     images: np.ndarray,
+    labels: np.ndarray | None = None,
     *,
     variance: Variance,
     batch_size: int,
     seed: int,
     device: torch.device,
+    keep: Keep = not_kept,
 ) -> Bound:
     """Evaluate every term on every image: T network evaluations an image.
 
     Args:
         images: uint8 (N, H, W, C).
+        labels: int64 (N,) for a class-conditional network: the bound is then on images given their class.
         variance: of the reverse process, as for sampling; fixed_large is the better bound for few training steps.
+        keep: keeps the sums of each finished batch.
     """
     steps = diffusion.timesteps
-    terms, errors, prior = np.zeros(steps), np.zeros(steps), 0.0
+    sums = np.zeros((3, steps))  # over images: of the terms, of the squared errors, and (first in its row) of L_T
     with Progress(len(images) * steps, "variational bound", "eval") as bar:
-        for start in range(0, len(images), batch_size):
-            x0 = to_model_range(as_tensor(images[start : start + batch_size]).to(device))
-            draw = generator(seed, "bound", start)
-            prior += diffusion.prior_term(x0).double().sum().item()
+
+        def one_batch(rows: slice) -> np.ndarray:
+            x0 = to_model_range(as_tensor(images[rows]).to(device))
+            given = told_labels(model, labels, rows, device)
+            draw = generator(seed, "bound", rows.start)
+            batch = np.zeros_like(sums)
+            batch[2, 0] = diffusion.prior_term(x0).double().sum().item()
             for step in range(steps):
                 noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(device)
-                term, error = _term(model, diffusion, x0, step, noise, variance)
-                terms[step] += term.double().sum().item()
-                errors[step] += error.double().sum().item()
+                term, error = _term(given, diffusion, x0, step, noise, variance)
+                batch[0, step] = term.double().sum().item()
+                batch[1, step] = error.double().sum().item()
                 bar.update(len(x0))
-    return Bound(prior / len(images), terms / len(images), errors / len(images))
+            return batch
+
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, min(start + batch_size, len(images)))
+            sums += keep(f"bound-{start}", partial(one_batch, rows))
+            bar.update(rows.stop * steps - bar.n)  # a batch that was kept
+    terms, errors, prior = sums / len(images)
+    return Bound(float(prior[0]), terms, errors)
 
 
 def _term(

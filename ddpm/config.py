@@ -5,14 +5,15 @@ environment that makes results reproducible has to be set before either is loade
 """
 
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from yaml import YAMLError
 
 from ddpm.errors import UserError
 from ddpm.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, near, shown, target_faults
@@ -79,6 +80,7 @@ class Model(Section):
     attention: list[bool]
     dropout: Probability
     norm_groups: Count
+    class_conditional: bool
 
 
 class Diffusion(Section):
@@ -128,6 +130,7 @@ class Train(Section):
     transforms: list[dict[str, Any]]
     precision: Literal["fp32", "bf16"]
     weighting: Literal["simple", "min_snr"]
+    label_dropout: Probability
     log_every: Count
     sample_every: Annotated[int, Field(ge=0)]
     save_every: Annotated[float, Field(gt=0)]
@@ -153,6 +156,8 @@ class Sample(Section):
     spacing: Literal["leading", "trailing", "linear", "quadratic"]
     eta: Annotated[float, Field(ge=0, le=1)]
     variance: Literal["fixed_small", "fixed_large", "learned"]
+    classes: Annotated[list[str | int], Field(min_length=1)] | None
+    guidance: Annotated[float, Field(ge=0, le=1000)]
     grid: Count
 
 
@@ -266,6 +271,16 @@ def _misfits(params: Params) -> list[str]:
         )
     if params.sample.variance == "learned" and not params.diffusion.learn_variance:
         faults.append("sample.variance = 'learned': needs diffusion.learn_variance = true")
+    sample = params.sample
+    if not model.class_conditional and sample.classes is not None:
+        faults.append(f"sample.classes = {shown(sample.classes)}: needs model.class_conditional = true")
+    if not model.class_conditional and sample.guidance != 1:
+        faults.append(f"sample.guidance = {sample.guidance:g}: needs model.class_conditional = true; 1 is no guidance")
+    if model.class_conditional and sample.guidance != 1 and params.train.label_dropout == 0:
+        faults.append(
+            f"sample.guidance = {sample.guidance:g}: needs train.label_dropout above 0, so that the network "
+            f"also learns to do without a label; 1 is no guidance"
+        )
     for i, curve in enumerate(params.evaluate.nfe_curve):
         if max(curve.steps) > params.diffusion.timesteps:
             faults.append(
@@ -334,11 +349,18 @@ def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> 
     The whole file is checked in every stage, so that a misspelt evaluation setting stops the run before
     the training and not after it. Read with OmegaConf, since PyYAML takes `1e-4` for a string.
     """
+    OmegaConf.clear_resolver("oc.env")  # a stranger's parameters must not carry this machine's secrets into records
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
+        text = Path(path).read_text(encoding="utf-8")
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.AliasToken):  # a few of them may stand for more than memory holds
+                raise ValueError(
+                    f"line {token.start_mark.line + 1}: write out what the alias *{token.value} stands for"
+                )
+        tree = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=True, throw_on_missing=True)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; run this in the repository's root") from None
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: is not readable as YAML: {reason[:300]}") from None
     params = check(tree, str(path))

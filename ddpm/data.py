@@ -1,18 +1,21 @@
 """Prepared images as batches. Arrays are memory-mapped, so a data set may be larger than memory."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddpm.errors import UserError
 from ddpm.seeding import derive, generator
 from ddpm.targets import TRANSFORM, build
+
+Positive = Annotated[int, Field(ge=1)]
 
 
 def load_array(path: str | Path, stage: str, dtype: str, dimensions: int) -> np.ndarray:
@@ -22,26 +25,68 @@ def load_array(path: str | Path, stage: str, dtype: str, dimensions: int) -> np.
         UserError: the file is missing, damaged, or holds something else.
     """
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: {error}; run the stage {stage} again") from None
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy raises a dozen kinds, from TokenError to OverflowError
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}; run the stage {stage} again") from None
     if array.dtype != dtype or array.ndim != dimensions:
         raise UserError(f"{path}: holds {array.dtype} {array.shape}, not {dtype}; run the stage {stage} again")
     return array
 
 
-def load_images(folder: str | Path, split: str) -> np.ndarray:
-    """The prepared images of a split, memory-mapped: uint8 (N, H, W, C)."""
-    return load_array(Path(folder, split, "images.npy"), "prepare_data", "uint8", 4)
+class Info(BaseModel):
+    """data/prepared/dataset.json. `shape` is that of an image, `sha256` of all pixels and labels."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    shape: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    counts: dict[str, Positive]
+    classes: list[str]
+    broken: int
+    sha256: str
 
 
 def load_info(folder: str | Path) -> dict[str, Any]:
-    """data/prepared/dataset.json: name, shape, counts, classes and the hash of the content."""
+    """data/prepared/dataset.json, as `Info`.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
     path = Path(folder, "dataset.json")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; run the stage prepare_data again") from None
+        return Info.model_validate_json(path.read_bytes()).model_dump()
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = "".join(f"{part}: " for part in fault["loc"])
+        raise UserError(f"{path}: {where}{fault['msg']}; run the stage prepare_data again") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; run the stage prepare_data again") from None
+
+
+def load_images(folder: str | Path, split: str) -> np.ndarray:
+    """The prepared images of a split, memory-mapped: uint8 (N, H, W, C).
+
+    Raises:
+        UserError: the file is missing or damaged, or not the one that dataset.json tells of.
+    """
+    path, info = Path(folder, split, "images.npy"), load_info(folder)
+    images = load_array(path, "prepare_data", "uint8", 4)
+    if images.shape != (expected := (info["counts"].get(split), *info["shape"])):
+        raise UserError(f"{path}: holds {images.shape}, not {expected}; run the stage prepare_data again")
+    return images
+
+
+def load_labels(folder: str | Path, split: str) -> np.ndarray:
+    """The class of each prepared image of a split, memory-mapped: int64 (N,).
+
+    Raises:
+        UserError: the file is missing or damaged, or not the one that dataset.json tells of.
+    """
+    path, info = Path(folder, split, "labels.npy"), load_info(folder)
+    labels = load_array(path, "prepare_data", "int64", 1)
+    count, classes = info["counts"].get(split), len(info["classes"])
+    if len(labels) != count or (classes and not 0 <= labels.min() <= labels.max() < classes):
+        raise UserError(f"{path}: holds not {count} labels of {classes} classes; run the stage prepare_data again")
+    return labels
 
 
 def as_tensor(images: np.ndarray) -> Tensor:
@@ -49,26 +94,35 @@ def as_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants memory that may be written
 
 
-class _Batches(Dataset[Tensor]):
-    """Maps (epoch, index in the epoch, rows) to a batch of transformed images."""
+def told_labels(
+    model: Callable[..., Tensor], labels: np.ndarray | None, rows: slice, device: torch.device
+) -> Callable[..., Tensor]:
+    """A network as a function of x_t and t alone: where there are labels, int64 (N,), it is told those of the rows."""
+    return model if labels is None else partial(model, labels=torch.from_numpy(np.array(labels[rows])).to(device))
 
-    def __init__(self, images: np.ndarray, transforms: list[dict[str, Any]], seed: int) -> None:
+
+class _Batches(Dataset[tuple[Tensor, Tensor]]):
+    """Maps (epoch, index in the epoch, rows) to a batch of transformed images and its labels."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transforms: list[dict[str, Any]], seed: int) -> None:
         self.images = images
+        self.labels = labels
         self.seed = seed
         try:
             self.transforms = [build(node, TRANSFORM) for node in transforms]
         except ValueError as error:
             raise UserError(f"train.transforms: {error}") from None
 
-    def __getitem__(self, batch: tuple[int, int, np.ndarray]) -> Tensor:
+    def __getitem__(self, batch: tuple[int, int, np.ndarray]) -> tuple[Tensor, Tensor]:
         epoch, index, rows = batch
         order = np.argsort(rows)  # read in the order of the file
         images = as_tensor(self.images[rows[order]])[torch.from_numpy(np.argsort(order))]
+        labels = torch.from_numpy(self.labels[rows])
         if not self.transforms:
-            return images
+            return images, labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "augment", epoch, index))
-            return torch.stack([self._transformed(image) for image in images])
+            return torch.stack([self._transformed(image) for image in images]), labels
 
     def _transformed(self, image: Tensor) -> Tensor:
         shape = image.shape
@@ -103,6 +157,7 @@ class _Order:
 
 def batches(
     images: np.ndarray,
+    labels: np.ndarray,
     *,
     batch_size: int,
     seed: int,
@@ -110,17 +165,18 @@ def batches(
     transforms: list[dict[str, Any]],
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The training batches of the steps asked for: the same for a step whatever came before it.
 
     An epoch is a permutation of the images, less the rest that fills no batch. Random transforms draw anew
     for every image, from (seed, epoch, batch), so the number of workers changes nothing.
 
     Returns:
-        An iterator of uint8 (B, C, H, W), or of float32 in [-1, 1] where the transforms end in floats.
+        An iterator of images, uint8 (B, C, H, W), or float32 in [-1, 1] where the transforms end in floats, and
+        their labels, int64 (B,).
     """
     loader = DataLoader(
-        _Batches(images, transforms, seed),
+        _Batches(images, labels, transforms, seed),
         batch_size=None,
         sampler=_Order(len(images), batch_size, seed, steps.start, steps.stop),
         generator=torch.Generator(),  # else the loader would draw from the global one

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Literal
@@ -19,13 +21,13 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from ddpm.data import as_tensor
+from ddpm.checkpoint import Keep, not_kept
+from ddpm.data import as_tensor, told_labels
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.images import to_model_range
 from ddpm.progress import Progress
 from ddpm.seeding import generator
-from ddpm.unet import UNet
 
 Features = Literal["pixels", "inception"]
 EXTRACTORS = {"pixels": ("pixels", "all"), "inception": ("inception-v3-compat", "2048")}
@@ -49,44 +51,70 @@ register_feature_extractor("pixels", Pixels)
 
 
 def extract_features(
-    images: np.ndarray, features: Features, weights: str | None, batch_size: int, device: torch.device
+    images: np.ndarray,
+    features: Features,
+    weights: str | None,
+    batch_size: int,
+    device: torch.device,
+    keep: Keep = not_kept,
+    name: str = "images",
 ) -> Tensor:
     """Features of images: uint8 (N, H, W, C) to (N, D) on the CPU.
 
     Args:
         weights: a file with torch-fidelity's Inception weights; None downloads them.
+        keep: keeps the features of each batch under a name that starts with `name`; not those of pixels, which are
+            sooner computed than read.
 
     Raises:
-        UserError: the weights are neither given nor to be downloaded.
+        UserError: the weights are neither given nor to be downloaded, or the file holds more than weights.
     """
-    name, layer = EXTRACTORS[features]
+    extractor_name, layer = EXTRACTORS[features]
+    options: dict[str, str] = {}
     try:
+        if features == "inception":
+            path = inception_file(weights)
+            if weights is None and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path))
+            torch.load(path, weights_only=True)  # torch-fidelity loads any pickle, which could run code: not past here
+            options["feature_extractor_weights_path"] = str(path)
         extractor = create_feature_extractor(
-            name, [layer], cuda=device.type == "cuda", verbose=False, feature_extractor_weights_path=weights
+            extractor_name, [layer], cuda=device.type == "cuda", verbose=False, **options
         )
-    except (OSError, URLError, RuntimeError, UnpicklingError) as error:
+    except (OSError, EOFError, URLError, RuntimeError, UnpicklingError) as error:
         raise UserError(
             f"params.yaml: evaluate.inception_weights = {weights!r}: {' '.join(str(error).split())[:200]}; give the "
             f"file weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases, or use evaluate=pixels"
         ) from None
     out = []
     with Progress(len(images), f"{features} features", "img") as bar, torch.no_grad():
-        for start in range(0, len(images), batch_size):
-            batch = as_tensor(images[start : start + batch_size]).to(device)
+
+        def one_batch(rows: slice) -> np.ndarray:
+            batch = as_tensor(images[rows]).to(device)
             if features == "inception" and batch.shape[1] == 1:
                 batch = batch.expand(-1, 3, -1, -1)
-            out.append(extractor(batch)[0].cpu())
-            bar.update(len(batch))
-    return torch.cat(out)
+            return extractor(batch)[0].cpu().numpy()
+
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, min(start + batch_size, len(images)))
+            compute = partial(one_batch, rows)
+            out.append(compute() if features == "pixels" else keep(f"features-{name}-{start}", compute))
+            bar.update(rows.stop - rows.start)
+    return torch.from_numpy(np.concatenate(out))
+
+
+def inception_file(weights: str | None) -> Path:
+    """The file with Inception's weights: the one that is given, or where a download is kept."""
+    name = PurePosixPath(urlparse(URL_INCEPTION_V3).path).name
+    return Path(weights) if weights else Path(torch.hub.get_dir(), "checkpoints", name)
 
 
 def weights_digest(features: Features, weights: str | None) -> str:
     """sha256 of the weights file that `extract_features` has loaded; "none" where the extractor has no weights."""
     if features == "pixels":
         return "none"
-    name = PurePosixPath(urlparse(URL_INCEPTION_V3).path).name
-    path = Path(weights) if weights else Path(torch.hub.get_dir(), "checkpoints", name)  # where torch downloads to
-    with path.open("rb") as file:
+    with inception_file(weights).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -174,14 +202,16 @@ def memorisation_ratio(samples: np.ndarray, held_out: np.ndarray) -> float:
 
 @torch.no_grad()
 def held_out_loss(
-    model: UNet,
+    model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
     images: np.ndarray,
+    labels: np.ndarray | None,
     *,
     bins: int,
     batch_size: int,
     seed: int,
     device: torch.device,
+    keep: Keep = not_kept,
 ) -> list[float]:
     """The simple loss on images that were not trained on, by timestep.
 
@@ -189,19 +219,30 @@ def held_out_loss(
 
     Args:
         images: uint8 (N, H, W, C).
+        labels: int64 (N,) for a class-conditional network, else None.
+        keep: keeps the sums of each finished batch.
 
     Returns:
         The mean loss of each range, from clean to noisy. Their mean is the loss over uniform timesteps.
     """
     totals = np.zeros(bins)
     with Progress(len(images) * bins, "held-out loss", "img") as bar:
-        for start in range(0, len(images), batch_size):
-            x0 = to_model_range(as_tensor(images[start : start + batch_size]).to(device))
-            draw = generator(seed, "held-out", start)
+
+        def one_batch(rows: slice) -> np.ndarray:
+            x0 = to_model_range(as_tensor(images[rows]).to(device))
+            given = told_labels(model, labels, rows, device)
+            draw = generator(seed, "held-out", rows.start)
+            sums = np.zeros(bins)
             for i in range(bins):
                 u = (i + draw.random(len(x0))) / bins
                 t = torch.from_numpy((u * diffusion.timesteps).astype(np.int64)).to(device)
                 noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(device)
-                totals[i] += diffusion.losses(model, x0, t, noise).double().sum().item()
+                sums[i] = diffusion.losses(given, x0, t, noise).double().sum().item()
                 bar.update(len(x0))
+            return sums
+
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, min(start + batch_size, len(images)))
+            totals += keep(f"held-out-{start}", partial(one_batch, rows))
+            bar.update(rows.stop * bins - bar.n)  # a batch that was kept
     return [float(value) for value in totals / len(images)]

@@ -1,13 +1,17 @@
 """Pictures for people: grids and strips, small images enlarged so that their pixels can be seen."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 GAP = 2  # pixels of white between images
-TILE = 40  # pixels that a shown image has at least
+TILE = 64  # pixels that a shown image has at least
+FILM_VALUES = 12_288  # in one moment of a film, which is about what its file grows by: 4 colour images of 32x32 ...
+FILM_IMAGES, FILM_COLUMNS = 48, 12  # ... and at most so many
+FILM_PACE, FILM_START, FILM_END = 80, 600, 2500  # milliseconds that a moment, the first and the last are seen
 
 
 def _enlarged(images: np.ndarray) -> np.ndarray:
@@ -44,6 +48,31 @@ def pairs(left: np.ndarray, right: np.ndarray, columns: int) -> Image.Image:
     left, right = _enlarged(left), _enlarged(right)
     seam = np.full((*left.shape[:2], GAP, left.shape[3]), 255, dtype=np.uint8)
     return tile(np.concatenate([left, seam, right], axis=2), columns, gap=8 * GAP)
+
+
+def film_images(values: int) -> int:
+    """How many images of `values` numbers each a film shows."""
+    return max(1, min(FILM_IMAGES, FILM_VALUES // values))
+
+
+def save_film(moments: Sequence[np.ndarray], path: str | Path) -> None:
+    """Write an animated PNG, the same bytes for the same moments; the folder is made.
+
+    Args:
+        moments: at least two, uint8 (N, H, W, C) each. Whatever shows only one picture of the file shows the last.
+    """
+    frames = [tile(images, min(FILM_COLUMNS, len(images))) for images in moments]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    frames[-1].save(
+        path,
+        format="PNG",
+        optimize=True,
+        save_all=True,
+        default_image=True,  # the first image is not played
+        append_images=frames,
+        duration=[FILM_START, *[FILM_PACE] * (len(frames) - 2), FILM_END],
+        loop=0,
+    )
 
 
 def save(picture: Image.Image, path: str | Path) -> None:

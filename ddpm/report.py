@@ -1,7 +1,7 @@
 """How an evaluation is told: numbers to compare, and a fact sheet with all that they were measured with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ def write_json(path: Path, rows: Mapping[str, Any] | list[dict[str, Any]]) -> No
 
 
 def card(
-    values: Mapping[str, float | int], evaluate: Evaluate, sample: Sample, data: Mapping[str, Any], digest: str
+    values: Mapping[str, float | int],
+    evaluate: Evaluate,
+    sample: Sample,
+    data: Mapping[str, Any],
+    digest: str,
+    classes: Sequence[str],
 ) -> str:
     """A page of markdown: the same numbers and settings give the same bytes.
 
@@ -32,6 +37,7 @@ def card(
         values: what metrics.json holds.
         data: the content of dataset.json.
         digest: sha256 of the extractor's weights, or "none".
+        classes: the names of the classes that were drawn; none for an unconditional model.
     """
 
     numbers = rounded(values)
@@ -57,6 +63,10 @@ def card(
         "Samples": f"{numbers['samples']}, seed {sample.seed}",
         "Sampler": f"{sample.sampler}, {sample.spacing} spacing, {noise}",
         "NFE": told("nfe"),
+    }
+    if classes:
+        rows["Classes"] = f"{', '.join(classes)}, in turn, guidance scale {sample.guidance:g}"
+    rows |= {
         "Quantiser": "uint8, round to nearest",
         "Extractor": evaluate.features,
         "Extractor's weights, sha256": digest,

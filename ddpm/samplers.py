@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.checkpoint import Keep, not_kept
 from ddpm.config import Sample
 from ddpm.diffusion import GaussianDiffusion, Variance
 from ddpm.errors import UserError
@@ -49,6 +51,49 @@ def timesteps(total: int, steps: int, spacing: Spacing) -> list[int]:
     else:
         chosen = np.linspace(0, math.sqrt(total * 0.8), steps) ** 2
     return [int(t) for t in np.unique(chosen.astype(np.int64))[::-1]]
+
+
+def guided(model: UNet, labels: Tensor, scale: float) -> Model:
+    """A class-conditional network as a sampler wants it, with classifier-free guidance (Ho & Salimans 2022, eq. 6).
+
+    The prediction is unconditional + scale * (conditional - unconditional), scale being their 1 + w: at 1 there is
+    no guidance, and one evaluation a step instead of two. The same combination holds for epsilon, x0 and v, which are
+    affine in each other. A learned variance stays that of the conditional output.
+
+    Args:
+        labels: the class of each image, int64 (B,).
+    """
+    if scale == 1:
+        return partial(model, labels=labels)
+    both = torch.cat([labels, torch.full_like(labels, model.config.no_label)])  # type: ignore[arg-type]
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        conditional, unconditional = model(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        channels = x.shape[1]
+        change = (scale - 1) * (conditional - unconditional)[:, :channels]
+        return torch.cat([conditional[:, :channels] + change, conditional[:, channels:]], dim=1)
+
+    return predict
+
+
+def chosen_classes(params: Sample, config: UNetConfig) -> list[int]:
+    """The classes to draw, in turn: all of the network's, or those of `sample.classes`; empty if unconditional.
+
+    Raises:
+        UserError: a class or guidance that the network does not have.
+    """
+    names = list(config.class_names) or [str(i) for i in range(config.classes)]
+    if params.guidance != 1 and config.no_label is None:
+        raise UserError(
+            f"params.yaml: sample.guidance = {params.guidance:g}: must be 1 (no guidance), since models/ddpm has not "
+            f"learnt to do without a label"
+        )
+    wanted = names if params.classes is None else [str(name) for name in params.classes]
+    for name in wanted:
+        if name not in names:
+            allowed = f"known: {', '.join(names[:50])}" if names else "models/ddpm is unconditional; set it to null"
+            raise UserError(f"params.yaml: sample.classes: {name!r} is no class of models/ddpm; {allowed}")
+    return [names.index(name) for name in wanted]
 
 
 class ImageNoise:
@@ -192,34 +237,48 @@ def draw(
     count: int,
     device: torch.device,
     on_step: Callable[[int, int, Tensor], None] | None = None,
+    keep: Keep = not_kept,
 ) -> np.ndarray:
     """Samples 0 ... count-1 of a seed, in batches: uint8 (count, H, W, C), rounded to the nearest level.
 
+    Of a class-conditional model, sample i is of class i modulo the number of the classes that are drawn.
+
     Args:
-        params: sampler, steps and batch size; its own seed and count are not used.
+        params: sampler, steps, classes, guidance and batch size; its own seed and count are not used.
         on_step: is told (index of the batch's first sample, network evaluations so far, x (B, C, H, W)), from the
-            start noise, at 0 evaluations, to the sample.
+            start noise, at 0 evaluations, to the sample. (Of batches that are drawn now, not of those that were kept.)
+        keep: keeps each finished batch.
 
     Raises:
-        UserError: the model wants labels, or has fewer timesteps than steps are asked for.
+        UserError: the model has fewer timesteps than steps are asked for, or not the classes or the guidance.
     """
-    if model.config.num_class_embeds is not None:
-        raise UserError("models/ddpm: is class-conditional; only unconditional models can be sampled from here")
+    classes = chosen_classes(params, model.config)
     size, channels = model.config.sample_size, model.config.in_channels
     path = timesteps(diffusion.timesteps, params.steps, params.spacing)
     images = np.empty((count, size, size, channels), dtype=np.uint8)
     with Progress(count * len(path), f"{params.sampler}, {len(path)} evaluations an image", "eval") as bar:
-        for start in range(0, count, params.batch_size):
-            indices = range(start, min(start + params.batch_size, count))
+
+        def one_batch(indices: range) -> np.ndarray:
             noise = ImageNoise(seed, indices, model.config, device)
             x = noise()
             if on_step:
-                on_step(start, 0, x)
-            steps = SAMPLERS[params.sampler](model, diffusion, x, path, noise, variance=params.variance, eta=params.eta)
+                on_step(indices.start, 0, x)
+            predict: Model = model
+            if classes:
+                labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
+                predict = guided(model, labels, params.guidance)
+            sampler = SAMPLERS[params.sampler]
+            steps = sampler(predict, diffusion, x, path, noise, variance=params.variance, eta=params.eta)
             for i, step in enumerate(steps, 1):
                 x = step.x
                 if on_step:
-                    on_step(start, i, x)
+                    on_step(indices.start, i, x)
                 bar.update(len(indices))
-            images[indices.start : indices.stop] = to_pixels(x)
+            return to_pixels(x)
+
+        for start in range(0, count, params.batch_size):
+            indices = range(start, min(start + params.batch_size, count))
+            name = f"{params.sampler}-{params.variance}-{len(path)}-steps-seed-{seed}-images-{start}-{indices.stop}"
+            images[start : indices.stop] = keep(name, partial(one_batch, indices))
+            bar.update(indices.stop * len(path) - bar.n)  # a batch that was kept
     return images

@@ -21,7 +21,7 @@ from ddpm import pictures
 from ddpm.config import Tracking
 from ddpm.runtime import root
 
-SERVER = "https://api.wandb.ai"
+SERVER = "https://api.wandb.ai"  # for which W&B takes a key, too, whatever its present address
 
 
 class Tracker:
@@ -72,50 +72,67 @@ class Tracker:
         try:
             action(self.run)
         except Exception as error:  # whatever happens there, the training goes on
-            print(f"warning: W&B: {error}; this run is no longer recorded there", file=sys.stderr)
+            _warn(f"{error}; this run is no longer recorded there")
             self.run = None
 
 
 def _has_key() -> bool:
+    """Whether W&B would find a key: in the environment, or in ~/.netrc, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", SERVER)).hostname
+    own = os.environ.get("WANDB_BASE_URL")
+    servers = [own] if own else [wandb.Settings().base_url, SERVER]
     try:
-        return netrc.netrc().authenticators(str(host)) is not None
+        known = netrc.netrc()
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(known.authenticators(str(urlsplit(server).hostname)) for server in servers)
 
 
 def _start_wandb(tracking: Tracking, config: dict[str, Any], run_id: str, stage: str) -> Any:
+    """The run, or None: where it cannot be recorded online it is offline, and where not even that, a warning."""
     mode: Any = os.environ.get("WANDB_MODE") or tracking.wandb
     if mode == "auto":
         mode = "online" if _has_key() else "offline"
+    if mode == "online" and not _has_key():  # W&B would ask for one, and wait
+        _warn("there is no key (wandb login); recorded offline")
+        mode = "offline"
     if mode == "disabled":
         return None
-    folder = root() / "wandb"
     for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):  # the home may be read-only
-        os.environ.setdefault(variable, str(folder / "cache"))
-    try:
-        folder.mkdir(exist_ok=True)
-        run = wandb.init(
-            project=tracking.project,
-            id=run_id,
-            name=os.environ.get("DVC_EXP_NAME"),
-            job_type=stage,
-            resume="allow" if mode == "online" else None,
-            mode=mode,
-            dir=str(root()),
-            config=config,
-            settings=wandb.Settings(
-                silent=True, console="off", disable_code=True, disable_git=True, save_code=False, init_timeout=30
-            ),
-        )
-        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        artifact = wandb.Artifact(f"config-{run_id}", type="config")
-        with artifact.new_file("params.yaml") as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.create(config)))
-        run.log_artifact(artifact)
-    except Exception as error:  # whatever happens there, the training goes on
-        print(f"warning: W&B: {error}; this run is not recorded there", file=sys.stderr)
-        return None
+        os.environ.setdefault(variable, str(root() / "wandb" / "cache"))
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            return _init(attempt, tracking.project, config, run_id, stage)
+        except Exception as error:  # whatever happens there, the stage goes on
+            outcome = "recorded offline (WANDB_MODE=offline saves the wait)" if attempt == "online" else "not recorded"
+            _warn(f"{' '.join(str(error).split())[:200]}; {outcome}")
+            wandb.teardown()  # its service would hold the run's id
+    return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: W&B: {text}", file=sys.stderr, flush=True)
+
+
+def _init(mode: Any, project: str, config: dict[str, Any], run_id: str, stage: str) -> Any:
+    (root() / "wandb").mkdir(exist_ok=True)
+    run = wandb.init(
+        project=project,
+        id=run_id,
+        name=os.environ.get("DVC_EXP_NAME"),
+        job_type=stage,
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        dir=str(root()),
+        config=config,
+        settings=wandb.Settings(
+            silent=True, console="off", disable_code=True, disable_git=True, save_code=False, init_timeout=20
+        ),
+    )
+    run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    artifact = wandb.Artifact(f"{stage}-config-{run_id}", type="config")
+    with artifact.new_file("params.yaml") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(config)))
+    run.log_artifact(artifact)
     return run

@@ -3,6 +3,7 @@
 import inspect
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,11 @@ def make_lr_schedule(node: Instance | None, optimizer: Optimizer, warmup: int, s
 
 
 def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.device) -> Tensor:
-    """The same few images each time, by DDIM: float32 (SHOWN, C, H, W) in [-1, 1]."""
+    """The same few images each time, by DDIM, of each class in turn: float32 (SHOWN, C, H, W) in [-1, 1]."""
     noise = samplers.ImageNoise(seed, range(SHOWN), model.config, device)
     path = samplers.timesteps(diffusion.timesteps, min(PREVIEW_STEPS, diffusion.timesteps), "trailing")
-    *_, last = samplers.ddim(model, diffusion, noise(), path, noise)
+    labels = torch.arange(SHOWN, device=device) % classes if (classes := model.config.classes) else None
+    *_, last = samplers.ddim(partial(model, labels=labels), diffusion, noise(), path, noise)
     return last.x
 
 
@@ -101,12 +103,13 @@ class Job:
     folder: Path
 
 
-def train(model: UNet, images: np.ndarray, job: Job, state: ResumeState) -> UNet:
+def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: ResumeState) -> UNet:
     """Train to the end, from the state if there is one, and return the averaged network.
 
     Args:
         model: moved to the job's device; its weights are drawn from the seed, or read from train.init_from.
         images: uint8 (N, H, W, C).
+        labels: int64 (N,), used where the network is class-conditional.
 
     Raises:
         UserError: fewer images than a batch, a folder to start from that does not fit, a refused setting, or a loss
@@ -124,7 +127,7 @@ def train(model: UNet, images: np.ndarray, job: Job, state: ResumeState) -> UNet
     if p.init_from is None:
         initialise(model, torch.Generator().manual_seed(derive(p.seed, "init")))
     else:
-        model.load_state_dict(load_weights(p.init_from, model.config))
+        model.load_state_dict(load_weights(p.init_from, model.config, job.diffusion.config.prediction))
     model.to(device).train()
     ema = EMA(model, p.ema_decay)
     try:
@@ -134,22 +137,28 @@ def train(model: UNet, images: np.ndarray, job: Job, state: ResumeState) -> UNet
     schedule = make_lr_schedule(job.lr_schedule, optimizer, p.warmup_steps, total)
     parts: dict[str, Any] = {"model": model, "ema": ema.model, "optimizer": optimizer, "schedule": schedule}
     history: list[tuple[int, dict[str, float]]] = []
+    window = _Window(min(p.log_every, total), device)
     start = 0
     if (saved := state.load()) is not None:
         start, history = saved["step"], saved["history"]
+        window.add_all(saved["window"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         print(f"resuming at step {start} of {total}", flush=True)
     for step, metrics in history:
         job.tracker.log(step, metrics)
-    _show_inputs(model, images, job)
+    _show_inputs(model, images, labels, job)
 
-    def save(step: int) -> None:
-        state.save({name: part.state_dict() for name, part in parts.items()} | {"step": step, "history": history})
+    def save(step: int) -> float:
+        """Save the state, and return how many seconds that took."""
+        before = time.monotonic()
+        curves = {"step": step, "history": history, "window": window.check(step - 1)}
+        state.save({name: part.state_dict() for name, part in parts.items()} | curves)
+        return time.monotonic() - before
 
-    window = _Window(min(p.log_every, total), device)
     steps = batches(
         images,
+        labels,
         batch_size=p.batch_size,
         seed=p.seed,
         steps=range(start, total),
@@ -160,8 +169,9 @@ def train(model: UNet, images: np.ndarray, job: Job, state: ResumeState) -> UNet
     bar = Progress(total * p.batch_size, "train", "img", start * p.batch_size)
     with signals_deferred() as signals, bar:
         saved_at = told_at = time.monotonic()
-        for step, batch in enumerate(steps, start):
-            loss, norm = _step(model, optimizer, batch, step, job)
+        cost = 0.0  # of the last save, in seconds
+        for step, (batch, classes) in enumerate(steps, start):
+            loss, norm = _step(model, optimizer, batch, classes, step, job)
             window.add(loss, norm)
             ema.update(step)
             rate = optimizer.param_groups[0]["lr"]
@@ -178,27 +188,36 @@ def train(model: UNet, images: np.ndarray, job: Job, state: ResumeState) -> UNet
             if done % per_epoch == 0 and p.sample_every and done // per_epoch % p.sample_every == 0:
                 pixels = to_pixels(preview(ema.model, job.diffusion, p.seed, device))
                 job.tracker.log_picture(done, f"samples_epoch_{done // per_epoch:05d}", grid(pixels), job.folder)
-            if signals or time.monotonic() - saved_at > p.save_every:
-                window.check(step)
-                save(done)
+            # at the end of an epoch too, unless epochs are so short that saving would take over 1 % of the time
+            wait = min(p.save_every, 100 * cost) if done % per_epoch == 0 else p.save_every
+            if signals or time.monotonic() - saved_at > wait:
+                cost = save(done)
                 saved_at = time.monotonic()
             if signals:
                 raise Interrupted(signals[0])
     return ema.model
 
 
-def _step(model: UNet, optimizer: Optimizer, batch: Tensor, step: int, job: Job) -> tuple[Tensor, Tensor]:
+def _step(
+    model: UNet, optimizer: Optimizer, batch: Tensor, classes: Tensor, step: int, job: Job
+) -> tuple[Tensor, Tensor]:
     """One optimizer step; returns the loss and the gradient's norm before clipping, both still on the device."""
     p = job.train
     batch = batch.to(job.device, non_blocking=True)
     x0 = batch if batch.is_floating_point() else to_model_range(batch)
-    torch.manual_seed(derive(p.seed, "step", step))  # flips, timesteps, noise and dropout of this step
+    torch.manual_seed(derive(p.seed, "step", step))  # flips, timesteps, noise, hidden labels and dropout of this step
     if p.flip:
         x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=job.device) < 0.5, x0.flip(3), x0)
     t = torch.randint(0, job.diffusion.timesteps, (len(x0),), device=job.device)
     noise = torch.randn_like(x0)
+    labels = None
+    if model.config.classes:
+        labels = classes.to(job.device, non_blocking=True)
+        if model.config.no_label is not None:  # so that guidance is possible (Ho & Salimans 2022, algorithm 1)
+            hidden = torch.rand(len(x0), device=job.device) < p.label_dropout
+            labels = labels.masked_fill(hidden, model.config.no_label)
     with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=p.precision == "bf16"):
-        loss = job.diffusion.losses(model, x0, t, noise, p.weighting).mean()
+        loss = job.diffusion.losses(partial(model, labels=labels), x0, t, noise, p.weighting).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), p.grad_clip or float("inf"))
@@ -211,10 +230,11 @@ def _speed(images: int, seconds: float) -> dict[str, float]:
     return {"images_per_second": images / seconds, "gpu_memory_gib": memory}
 
 
-def _show_inputs(model: UNet, images: np.ndarray, job: Job) -> None:
+def _show_inputs(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job) -> None:
     """Record one batch as the network sees it, and the noise that the previews start from."""
     p = job.train
-    first = next(batches(images, batch_size=p.batch_size, seed=p.seed, steps=range(1), transforms=p.transforms))[:SHOWN]
+    one = batches(images, labels, batch_size=p.batch_size, seed=p.seed, steps=range(1), transforms=p.transforms)
+    first = next(one)[0][:SHOWN]
     x0 = first if first.is_floating_point() else to_model_range(first)
     job.tracker.log_picture(0, "inputs", grid(to_pixels(x0)), job.folder)
     noise = samplers.ImageNoise(p.seed, range(SHOWN), model.config, job.device)()
@@ -231,6 +251,11 @@ class _Window:
     def add(self, loss: Tensor, norm: Tensor) -> None:
         self._values[self._count, 0], self._values[self._count, 1] = loss, norm
         self._count += 1
+
+    def add_all(self, values: Tensor) -> None:
+        """Go on from the values (n, 2) that `check` gave."""
+        self._count = len(values)
+        self._values[: self._count] = values
 
     def check(self, step: int) -> Tensor:
         """The window's values (n, 2) after `step`.

@@ -4,6 +4,7 @@ Module names and shapes are those of diffusers' `UNet2DModel`, so that weights p
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.config import Model
+from ddpm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class UNetConfig:
         downsample_padding: 0 pads the stride-2 convolutions on the right and bottom only, 1 on all sides.
         flip_sin_to_cos: cosines before sines in the time embedding.
         freq_shift: 1 makes the lowest frequency of the time embedding exactly 1/10000; 0 stays above it.
-        num_class_embeds: number of classes of a class-conditional network.
+        num_class_embeds: number of classes of a class-conditional network, with the class of no label, if it has one.
+        class_names: the names of these classes, where they are known; the class of no label comes after them.
         center_input_sample: inputs are in [0, 1], and the network takes them to [-1, 1].
 
     Raises:
@@ -50,6 +53,7 @@ class UNetConfig:
     freq_shift: int = 1
     num_class_embeds: int | None = None
     center_input_sample: bool = False
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.up_attention:
@@ -79,10 +83,38 @@ class UNetConfig:
             raise ValueError(f"freq_shift = {self.freq_shift}: must not be half of block_out_channels[0]")
         if self.num_class_embeds is not None and self.num_class_embeds < 1:
             raise ValueError(f"num_class_embeds = {self.num_class_embeds}: must be at least 1, or null")
+        named = len(self.class_names)
+        if named and self.num_class_embeds not in (named, named + 1):
+            raise ValueError(f"num_class_embeds = {self.num_class_embeds}: does not fit the {named} class names")
+
+    @property
+    def classes(self) -> int:
+        """How many classes an image can be of; 0 for an unconditional network."""
+        return len(self.class_names) or self.num_class_embeds or 0
+
+    @property
+    def no_label(self) -> int | None:
+        """The class that stands for no label, on which guidance rests; None where the network has none."""
+        return len(self.class_names) if self.class_names and self.num_class_embeds != len(self.class_names) else None
 
 
-def unet_config(model: Model, image_size: int, channels: int, learn_variance: bool) -> UNetConfig:
-    """The network that the parameters' `model` section describes, for images of this size (pixels)."""
+def unet_config(
+    model: Model, image_size: int, channels: int, learn_variance: bool, class_names: Sequence[str], unlabelled: bool
+) -> UNetConfig:
+    """The network that the parameters' `model` section describes, for images of this size (pixels).
+
+    Args:
+        class_names: of the data; used by a class-conditional network alone.
+        unlabelled: whether that one also learns images with no label.
+
+    Raises:
+        UserError: it is class-conditional, and the data has no classes.
+    """
+    if model.class_conditional and not class_names:
+        raise UserError(
+            "params.yaml: model.class_conditional = true: the prepared data has no classes; put the images of each "
+            "class into a sub-folder of dataset.path, or set it to false"
+        )
     return UNetConfig(
         sample_size=image_size,
         in_channels=channels,
@@ -92,6 +124,8 @@ def unet_config(model: Model, image_size: int, channels: int, learn_variance: bo
         attention=tuple(model.attention),
         dropout=model.dropout,
         norm_num_groups=model.norm_groups,
+        num_class_embeds=len(class_names) + unlabelled if model.class_conditional else None,
+        class_names=tuple(class_names) if model.class_conditional else (),
     )
 
 

@@ -1,14 +1,15 @@
-"""sample: models/ddpm -> samples/images.npy and results/sample (a grid, and a strip of the denoising)."""
+"""sample: models/ddpm -> samples/images.npy and results/sample (a grid; a strip and a film of the denoising)."""
 
 import io
 from pathlib import Path
 from typing import Any
 
-from ddpm.runtime import run_stage
+from ddpm.runtime import root, run_stage
 
-SECTIONS = ("runtime", "sample")
+SECTIONS = ("runtime", "sample", "tracking")
 MODEL, SAMPLES, RESULTS = Path("models/ddpm"), Path("samples/images.npy"), Path("results/sample")
 STRIP_ROWS, STRIP_COLUMNS = 6, 11  # images and moments of denoising.png
+FILM_MOMENTS = 25  # of film.png
 
 
 def main(params: Any) -> None:
@@ -17,32 +18,49 @@ def main(params: Any) -> None:
     from torch import Tensor
 
     from ddpm import pictures, samplers
+    from ddpm.checkpoint import ResumeState, fingerprint, state_folder
     from ddpm.device import choose_device
     from ddpm.diffusion import GaussianDiffusion
     from ddpm.images import to_pixels
-    from ddpm.pipeline_io import load_model
+    from ddpm.pipeline_io import load_model, training_run, weights_sha256
+    from ddpm.tracking import Tracker
 
     p = params.sample
     unet, config = load_model(MODEL)
+    run = fingerprint(p.model_dump(), params.runtime.model_dump(), weights_sha256(MODEL))
     device = choose_device(params.runtime)
     unet, diffusion = unet.to(device), GaussianDiffusion(config, device)
     path = samplers.timesteps(config.timesteps, p.steps, p.spacing)
     shown = {0} | {round(i) + 1 for i in np.linspace(0, len(path) - 1, STRIP_COLUMNS - 1)}
-    strip: list[np.ndarray] = []
-
-    def keep(start: int, evaluations: int, x: Tensor) -> None:
-        if start == 0 and evaluations in shown:
-            strip.append(to_pixels(x[:STRIP_ROWS]))
+    filmed = {round(i) for i in np.linspace(0, len(path), FILM_MOMENTS)}
+    watched = sorted(shown | filmed)  # in network evaluations so far
+    seen: list[np.ndarray] = []
 
     print(f"{p.count} images by {p.sampler}, {len(path)} network evaluations each", flush=True)
-    images = samplers.draw(unet, diffusion, p, p.seed, p.count, device, on_step=keep)
-    SAMPLES.parent.mkdir(exist_ok=True)
-    buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
-    np.save(buffer, images)
-    SAMPLES.write_bytes(buffer.getbuffer())
-    pictures.save(pictures.grid(images[: p.grid]), RESULTS / "grid.png")
-    moments = np.stack(strip, axis=1).reshape(-1, *images.shape[1:])  # a row an image, a column a moment
-    pictures.save(pictures.tile(moments, columns=len(strip)), RESULTS / "denoising.png")
+    with (
+        ResumeState(state_folder(root() / ".state", "sample", run)) as state,
+        Tracker(None, params.tracking, {"sample": p.model_dump()}, training_run(MODEL), "sample") as tracker,
+    ):
+
+        def watch(start: int, evaluations: int, x: Tensor) -> None:
+            if start == 0 and evaluations in watched:
+                seen.append(to_pixels(x[: max(STRIP_ROWS, pictures.film_images(x[0].numel()))]))
+            if start == 0 and evaluations == len(path):  # before the first batch is kept, which may end the run
+                state.keep("moments", lambda: np.stack(seen))
+
+        images = samplers.draw(unet, diffusion, p, p.seed, p.count, device, on_step=watch, keep=state.keep)
+        moments = dict(zip(watched, state.keep("moments", lambda: np.stack(seen)), strict=True))
+        SAMPLES.parent.mkdir(exist_ok=True)
+        buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
+        np.save(buffer, images)
+        SAMPLES.write_bytes(buffer.getbuffer())
+        tracker.log_picture(0, "grid", pictures.grid(images[: p.grid]), RESULTS)
+        strip = np.stack([moments[i][:STRIP_ROWS] for i in sorted(shown)], axis=1)  # a row an image, a column a moment
+        strip = strip.reshape(-1, *images.shape[1:])
+        tracker.log_picture(0, "denoising", pictures.tile(strip, columns=len(shown)), RESULTS)
+        film = [moments[i][: pictures.film_images(images[0].size)] for i in sorted(filmed)]
+        pictures.save_film(film, RESULTS / "film.png")
+        state.remove()
 
 
 if __name__ == "__main__":

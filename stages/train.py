@@ -13,8 +13,8 @@ DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results
 
 def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
-    from ddpm.checkpoint import ResumeState, fingerprint
-    from ddpm.data import load_images, load_info
+    from ddpm.checkpoint import ResumeState, fingerprint, state_folder
+    from ddpm.data import load_images, load_info, load_labels
     from ddpm.device import choose_device
     from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
     from ddpm.pipeline_io import save_model, weights_sha256
@@ -26,17 +26,18 @@ def main(params: Any) -> None:
     if init is not None and Path(init).resolve() == MODEL.resolve():
         raise UserError(f"params.yaml: train.init_from = {init}: is removed before each training; start from a copy")
     data = load_info(DATA)
-    images = load_images(DATA, "train")
+    images, labels = load_images(DATA, "train"), load_labels(DATA, "train")
     config = {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
     start = {} if init is None else {"init_from": weights_sha256(init)}
     run = fingerprint(config, data["sha256"], start)
     device = choose_device(params.runtime)
     diffusion = DiffusionConfig(**params.diffusion.model_dump())
     size, _, channels = data["shape"]
-    model = UNet(unet_config(params.model, size, channels, diffusion.learn_variance))
+    unlabelled = params.train.label_dropout > 0
+    model = UNet(unet_config(params.model, size, channels, diffusion.learn_variance, data["classes"], unlabelled))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
     with (
-        ResumeState(root() / ".state" / f"train-{run}") as state,
+        ResumeState(state_folder(root() / ".state", "train", run)) as state,
         Tracker(str(RESULTS), params.tracking, config, run, "train") as tracker,
     ):
         pictures = state.folder / "pictures"  # kept with the state: DVC empties results/ when a run is taken up again
@@ -49,10 +50,10 @@ def main(params: Any) -> None:
             tracker=tracker,
             folder=pictures,
         )
-        averaged = train(model, images, job, state)
+        averaged = train(model, images, labels, job, state)
         tracker.finish()
         shutil.copytree(pictures, RESULTS / "pictures", dirs_exist_ok=True)
-        save_model(MODEL, averaged, diffusion, provenance={"data": data, "params": config} | start)
+        save_model(MODEL, averaged, diffusion, provenance={"run": run, "data": data, "params": config} | start)
         state.remove()
 
 

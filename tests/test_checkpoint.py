@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ddpm import checkpoint, errors
-from ddpm.checkpoint import ResumeState, fingerprint
+from ddpm import checkpoint, errors, runtime
+from ddpm.checkpoint import ResumeState, fingerprint, not_kept, state_folder
 from ddpm.errors import UserError
 from tests.conftest import ROOT
 
@@ -188,13 +189,14 @@ def test_code_in_a_state_with_a_right_checksum_is_passed_over_and_not_run(state,
     assert not (tmp_path / "made").exists()
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path):
+def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 0.2)
     folder = tmp_path / "state"
     with python("-c", HOLDER, folder, stdin=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError) as caught, ResumeState(folder):
             pass
-        assert str(caught.value) == f"{folder}: another process is training this very run; wait for it or stop it"
+        assert str(caught.value) == f"{folder}: another process is at work on this very run; wait for it or stop it"
         holder.send_signal(signal.SIGKILL)
         holder.wait(30)
     with ResumeState(folder) as state:
@@ -203,6 +205,22 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp
             pass  # not twice in one process either
     with ResumeState(folder) as state:
         assert state.load() == {"step": 1}
+
+
+@pytest.mark.parametrize("end", ["pass", "state.remove()"])
+def test_a_process_waits_for_one_that_was_told_to_stop_and_holds_what_others_see(tmp_path, monkeypatch, end, capfd):
+    folder = tmp_path / "state"
+    code = HOLDER.replace("sys.stdin.read()", f"import time; time.sleep(1); {end}").replace("):\n", ") as state:\n")
+    with python("-c", code, folder) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with ResumeState(folder) as state:
+            assert holder.wait(30) == 0
+            state.save({"step": 1})
+            monkeypatch.setattr(runtime, "PATIENCE", 0.2)
+            with pytest.raises(UserError), ResumeState(folder):
+                pass
+    told = f"{folder}: another process is at work on this very run; waiting for its end\n"
+    assert capfd.readouterr().err == told * 2
 
 
 def test_remove_deletes_the_folder(state):
@@ -233,10 +251,53 @@ def test_the_fingerprint_follows_parameters_and_data():
     ("owner", "name"),
     [(torch, "__version__"), (checkpoint.platform, "machine"), (checkpoint.platform, "python_version")],
 )
-def test_the_fingerprint_follows_the_versions(monkeypatch, owner, name):
-    before = fingerprint(PARAMS)
+def test_the_folder_of_a_state_follows_the_versions_and_the_name_of_the_run_does_not(
+    monkeypatch, owner, name, tmp_path
+):
+    def names():
+        return fingerprint(PARAMS), state_folder(tmp_path, "train", fingerprint(PARAMS))
+
+    before = names()
     monkeypatch.setattr(owner, name, "9.9" if owner is torch else lambda: "other")
-    assert fingerprint(PARAMS) != before
+    after = names()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    assert after[1].parent == tmp_path
+    assert state_folder(tmp_path, "sample", fingerprint(PARAMS)).name.startswith("sample-")
+
+
+def test_a_part_that_was_kept_is_not_computed_again(state):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return np.arange(6.0).reshape(2, 3)
+
+    for _ in range(2):
+        np.testing.assert_array_equal(state.keep("a-0", compute), np.arange(6.0).reshape(2, 3))
+    assert len(calls) == 1
+    state.keep("a-6", compute)
+    assert len(calls) == 2
+    np.testing.assert_array_equal(not_kept("a-0", compute), np.arange(6.0).reshape(2, 3))
+    assert len(calls) == 3
+
+
+@DAMAGES
+def test_a_damaged_part_is_named_and_computed_again(state, damage, capsys):
+    state.keep("part", lambda: np.arange(100))
+    path = state.folder / "part.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    assert state.keep("part", lambda: np.arange(100) * 2)[1] == 2
+    assert capsys.readouterr().err == f"{path}: damaged, passed over\n"
+    assert state.keep("part", lambda: np.arange(100) * 3)[1] == 2
+
+
+def test_a_crash_while_a_part_is_kept_leaves_none(state, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            state.keep("part", lambda: np.arange(3))
+    assert state.keep("part", lambda: np.arange(3) + 1)[0] == 1
 
 
 def test_the_fingerprint_follows_the_text_of_our_modules_and_not_their_place(monkeypatch, tmp_path):

@@ -2,14 +2,17 @@ import copy
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddpm.config import Params, check, load_params
 from ddpm.errors import UserError
+from ddpm.unet import UNet, unet_config
 from tests.conftest import ROOT, composed
 
 GROUPS = ("dataset", "model", "diffusion", "optimizer", "lr_schedule", "train", "sample", "evaluate", "experiment")
@@ -57,6 +60,18 @@ def test_every_choice_of_every_group_composes_to_valid_parameters(group, choice)
     if (group, choice) == ("model", "paper"):
         overrides.append("dataset=cifar10")
     check(composed(*overrides))
+
+
+@pytest.mark.parametrize("preset", [choice for group, choice in CHOICES if group == "experiment"])
+def test_the_network_of_every_preset_takes_its_images(preset):
+    params = check(composed(f"+experiment={preset}"))
+    size, channels = params.dataset.image_size, params.dataset.channels
+    with torch.device("meta"):
+        network = UNet(unet_config(params.model, size, channels, params.diffusion.learn_variance, ["a", "b"], True))
+        zeros = torch.zeros(2, dtype=torch.int64)
+        labels = zeros if params.model.class_conditional else None
+        out = network(torch.zeros(2, channels, size, size), zeros, labels)
+    assert out.shape == (2, channels * (1 + params.diffusion.learn_variance), size, size)
 
 
 def test_an_unknown_key_is_named_with_the_nearest_allowed_one():
@@ -289,6 +304,29 @@ def test_all_misfits_between_sections_are_told_at_once():
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"sample__guidance": 2.0}, "sample.guidance = 2: needs model.class_conditional = true"),
+        ({"sample__classes": ["cat"]}, "sample.classes = ['cat']: needs model.class_conditional = true"),
+        (
+            {"model__class_conditional": True, "sample__guidance": 2.0, "train__label_dropout": 0.0},
+            "sample.guidance = 2: needs train.label_dropout above 0",
+        ),
+        ({"sample__classes": []}, "sample.classes = []: "),
+        ({"sample__classes": [True]}, "sample.classes"),
+        ({"sample__guidance": -1.0}, "sample.guidance = -1"),
+    ],
+)
+def test_classes_and_guidance_need_a_network_that_learns_them(changes, fault):
+    assert all(fault in line for line in faults(changed(**changes)))
+
+
+def test_a_class_may_be_named_by_a_word_or_a_number():
+    params = check(changed(model__class_conditional=True, sample__classes=["cat", 3], sample__guidance=0.0))
+    assert params.sample.classes == ["cat", 3]
+
+
 def test_a_fault_stays_on_one_short_line_whatever_key_and_value_hold():
     for tree in (changed(**{"train__a\nb\x1b[31m": "c\nd"}), changed(**{"optimizer__a\nb\u2028": [1] * 10_000})):
         (line,) = faults(tree)
@@ -357,6 +395,29 @@ def test_a_file_that_holds_no_parameters_is_told_in_one_line(tmp_path, text):
     line = str(caught.value)
     assert line.startswith((f"{path}: is not readable as YAML: ", f"{path}: holds no section of parameters; "))
     assert "\n" not in line
+
+
+def test_aliases_that_would_grow_without_end_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]" for i in range(1, 12)]
+    path = write(tmp_path / "params.yaml", (ROOT / "params.yaml").read_text() + "\n".join(lines))
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load_params(("train",), path)
+    assert str(caught.value).endswith("write out what the alias *a0 stands for")
+    assert time.monotonic() - start < 5
+
+
+def test_the_environment_is_not_read_into_the_parameters(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    text = (ROOT / "params.yaml").read_text()
+    for value in ("${oc.env:SECRET}", "a${oc.decode:${oc.env:SECRET}}"):
+        path = write(tmp_path / "params.yaml", text.replace("project: ddpm", f"project: {value}"))
+        with pytest.raises(
+            UserError, match=r"is not readable as YAML: Unsupported interpolation type oc\.env"
+        ) as caught:
+            load_params(("tracking",), path)
+        assert "s3cr3t" not in str(caught.value)
 
 
 def test_a_missing_file_says_where_to_run(tmp_path):

@@ -1,17 +1,29 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from ddpm.data import as_tensor, batches, load_images, load_info
+from ddpm.data import as_tensor, batches, load_images, load_info, load_labels
 from ddpm.errors import UserError
 
 IMAGES = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), dtype=np.uint8)
+LABELS = np.arange(50) * 7
 JITTER = [{"_target_": "torchvision.transforms.v2.RandomCrop", "size": 8, "padding": 3}]
 
 
 def drawn(first=0, last=12, **options):
     options = {"batch_size": 8, "seed": 0, "transforms": []} | options
-    return list(batches(IMAGES, steps=range(first, last), **options))
+    return [images for images, _ in batches(IMAGES, LABELS, steps=range(first, last), **options)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("transforms", [[], [{"_target_": "torchvision.transforms.v2.RandomHorizontalFlip"}]])
+def test_every_image_comes_with_its_own_label(transforms, workers):
+    steps = batches(IMAGES, LABELS, batch_size=8, seed=0, steps=range(12), transforms=transforms, workers=workers)
+    for images, labels in steps:
+        assert labels.dtype == torch.int64
+        assert (images[:, 0, 0, 0].long() * 7).tolist() == labels.tolist()
 
 
 def test_an_epoch_shows_each_image_at_most_once_and_another_epoch_in_another_order():
@@ -36,7 +48,9 @@ def test_the_number_of_workers_changes_nothing(workers):
 
 def test_random_transforms_draw_anew_for_every_image_of_a_batch():
     image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(32, axis=0)
-    batch = next(batches(image, batch_size=32, seed=0, steps=range(1), transforms=JITTER))
+    batch, _ = next(
+        batches(image, np.zeros(32, dtype=np.int64), batch_size=32, seed=0, steps=range(1), transforms=JITTER)
+    )
     assert len({tuple(one.flatten().tolist()) for one in batch}) > 10
 
 
@@ -72,9 +86,17 @@ def test_stored_pixels_arrive_in_the_models_layout():
     assert tensor[1, 2, 0, 3] == images[1, 0, 3, 2]
 
 
+def prepared(folder, images=IMAGES, labels=LABELS % 10, **changes):
+    info = {"name": "x", "shape": [8, 8, 3], "counts": {"train": 50, "test": 50}, "classes": list("abcdefghij")}
+    info |= {"broken": 0, "sha256": "0"} | changes
+    (folder / "train").mkdir(exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps(info))
+    np.save(folder / "train/images.npy", images)
+    np.save(folder / "train/labels.npy", labels)
+
+
 def test_a_split_is_mapped_not_read(tmp_path):
-    (tmp_path / "train").mkdir()
-    np.save(tmp_path / "train/images.npy", IMAGES)
+    prepared(tmp_path)
     images = load_images(tmp_path, "train")
     assert isinstance(images, np.memmap)
     assert images.shape == (50, 8, 8, 3)
@@ -85,11 +107,31 @@ def test_missing_or_odd_prepared_data_is_told_in_one_line(tmp_path):
         with pytest.raises(UserError, match=r"run the stage prepare_data again") as fault:
             read()
         assert "\n" not in str(fault.value)
-    (tmp_path / "train").mkdir()
-    np.save(tmp_path / "train/images.npy", IMAGES.astype(np.float32))
+    prepared(tmp_path, IMAGES.astype(np.float32))
     with pytest.raises(UserError, match=r"holds float32 \(50, 8, 8, 3\), not uint8"):
         load_images(tmp_path, "train")
     for content in (b"no array", b"", b"\x93NUMPY\x01\x00"):
         (tmp_path / "train/images.npy").write_bytes(content)
         with pytest.raises(UserError, match=r"images.npy: .*run the stage prepare_data"):
             load_images(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"shape": [8, 8, 1]}, r"images.npy: holds \(50, 8, 8, 3\), not \(50, 8, 8, 1\)"),
+        ({"counts": {"train": 49, "test": 1}}, r"images.npy: holds \(50, 8, 8, 3\), not \(49, 8, 8, 3\)"),
+        ({"counts": {}}, r"images.npy: holds \(50, 8, 8, 3\), not \(None, 8, 8, 3\)"),
+        ({"classes": ["a"]}, "labels.npy: holds not 50 labels of 1 classes"),
+        ({"labels": LABELS[:-1] % 10}, "labels.npy: holds not 50 labels of 10 classes"),
+        ({"labels": LABELS % 10 - 1}, "labels.npy: holds not 50 labels of 10 classes"),
+        ({"shape": [8, 8]}, "dataset.json: shape: List should have at least 3 items"),
+        ({"shape": [8, 8, "3"]}, "dataset.json: shape: 2: Input should be a valid integer"),
+        ({"sha256": None}, "dataset.json: sha256: Input should be a valid string"),
+    ],
+)
+def test_prepared_data_that_does_not_belong_together_is_told_in_one_line(tmp_path, changes, told):
+    prepared(tmp_path, **changes)
+    with pytest.raises(UserError, match=f"{told}.*; run the stage prepare_data again$"):
+        load_images(tmp_path, "train")
+        load_labels(tmp_path, "train")

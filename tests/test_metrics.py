@@ -1,5 +1,6 @@
 import hashlib
 import math
+import os
 
 import numpy as np
 import pytest
@@ -103,13 +104,24 @@ def test_the_digest_is_that_of_the_weights_that_were_loaded(weights, tmp_path, m
     assert metrics.weights_digest("inception", None) == expected
 
 
-@pytest.mark.parametrize("content", [None, b"no weights"])
+@pytest.mark.parametrize("content", [None, b"", b"no weights"])
 def test_missing_inception_weights_are_told_with_what_to_do(tmp_path, content):
     path = tmp_path / "weights.pth"
     if content:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"evaluate.inception_weights = .*; give the file .* or use evaluate=pixels"):
         metrics.extract_features(np.zeros((2, 32, 32, 3), np.uint8), "inception", str(path), 2, CPU)
+
+
+def test_a_weights_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"x": Code()}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"evaluate.inception_weights = .*; give the file"):
+        metrics.extract_features(np.zeros((2, 32, 32, 3), np.uint8), "inception", str(tmp_path / "weights.pth"), 2, CPU)
+    assert not (tmp_path / "made").exists()
 
 
 def test_without_a_network_the_error_says_which_file_to_give(tmp_path, monkeypatch):
@@ -152,7 +164,7 @@ def test_the_held_out_loss_of_a_known_network_is_its_closed_form():
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon"))
     images = np.full((200, 8, 8, 1), 127, dtype=np.uint8)
     half = lambda x, t: x * 0  # noqa: E731  predicts zero: the loss is the noise's power
-    losses = metrics.held_out_loss(half, d, images, bins=4, batch_size=64, seed=0, device=CPU)
+    losses = metrics.held_out_loss(half, d, images, None, bins=4, batch_size=64, seed=0, device=CPU)
     assert losses == pytest.approx([1.0] * 4, abs=0.04)
 
 
@@ -165,8 +177,8 @@ def test_the_held_out_loss_is_told_by_timestep_from_clean_to_noisy():
         return torch.zeros_like(x)
 
     images = np.zeros((10, 8, 8, 1), dtype=np.uint8)
-    losses = metrics.held_out_loss(model, d, images, bins=5, batch_size=10, seed=0, device=CPU)
+    losses = metrics.held_out_loss(model, d, images, None, bins=5, batch_size=10, seed=0, device=CPU)
     assert [(int(t.min()) // 20, int(t.max()) // 20) for t in seen] == [(i, i) for i in range(5)]
     assert all(math.isfinite(loss) for loss in losses)
-    again = metrics.held_out_loss(small_unet(), d, images, bins=5, batch_size=10, seed=0, device=CPU)
-    assert again == metrics.held_out_loss(small_unet(), d, images, bins=5, batch_size=10, seed=0, device=CPU)
+    again = metrics.held_out_loss(small_unet(), d, images, None, bins=5, batch_size=10, seed=0, device=CPU)
+    assert again == metrics.held_out_loss(small_unet(), d, images, None, bins=5, batch_size=10, seed=0, device=CPU)

@@ -8,9 +8,9 @@ from ddpm import pictures
 def test_small_images_are_enlarged_without_blur():
     images = np.array([[[[0], [255]], [[255], [0]]]], dtype=np.uint8)  # one image, 2x2
     picture = np.asarray(pictures.tile(images, columns=1))
-    assert picture.shape == (44, 44)  # 2 pixels of 20, and the gap around them
-    assert picture[2:22, 2:22].max() == 0
-    assert picture[2:22, 22:42].min() == 255
+    assert picture.shape == (68, 68)  # 2 pixels of 32, and the gap around them
+    assert picture[2:34, 2:34].max() == 0
+    assert picture[2:34, 34:66].min() == 255
 
 
 def test_images_run_along_the_rows_and_gaps_are_white():
@@ -37,9 +37,28 @@ def test_nothing_to_show_is_said():
 def test_pairs_stand_closer_together_than_what_is_beside_them():
     left, right = (np.full((3, 8, 8, 1), value, dtype=np.uint8) for value in (10, 20))
     picture = np.asarray(pictures.pairs(left, right, columns=2))
-    assert picture.shape == (2 * 40 + 3 * 16, 2 * 82 + 3 * 16)
+    assert picture.shape == (2 * 64 + 3 * 16, 2 * 130 + 3 * 16)
     row = picture[20]
-    assert row[16:56].tolist() == [10] * 40
-    assert row[56:58].tolist() == [255] * 2
-    assert row[58:98].tolist() == [20] * 40
-    assert row[98:114].tolist() == [255] * 16
+    assert row[16:80].tolist() == [10] * 64
+    assert row[80:82].tolist() == [255] * 2
+    assert row[82:146].tolist() == [20] * 64
+    assert row[146:162].tolist() == [255] * 16
+
+
+def test_a_film_plays_every_moment_and_what_cannot_play_it_shows_the_last(tmp_path):
+    moments = [np.full((3, 8, 8, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
+    for name in ("a", "b"):
+        pictures.save_film(moments, tmp_path / "new" / f"{name}.png")
+    assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
+    film = Image.open(tmp_path / "new/a.png")
+    assert film.info["loop"] == 0  # for ever
+    seen = []
+    for frame in range(film.n_frames):
+        film.seek(frame)
+        seen.append((np.asarray(film)[30, 30].tolist(), film.info.get("duration")))
+    assert seen == [([30] * 3, None), ([10] * 3, 600), ([20] * 3, 80), ([30] * 3, 2500)]
+
+
+@pytest.mark.parametrize(("shape", "images"), [((8, 8, 1), 48), ((28, 28, 1), 15), ((32, 32, 3), 4), ((99, 99, 3), 1)])
+def test_a_film_of_larger_images_shows_fewer(shape, images):
+    assert pictures.film_images(int(np.prod(shape))) == images

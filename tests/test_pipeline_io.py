@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ddpm import samplers
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
-from ddpm.pipeline_io import OLD_NAMES, load_model, save_model, weights_sha256
+from ddpm.pipeline_io import OLD_NAMES, load_model, load_weights, save_model, training_run, weights_sha256
 from ddpm.runtime import Interrupted
 from ddpm.tracking import Tracker
 from stages import prepare_data
@@ -286,10 +286,19 @@ def test_pickled_weights_are_never_read(folder):
             read(folder)
 
 
-def test_the_model_card_says_what_the_model_was_made_from(folder):
+def test_the_model_folder_says_what_the_model_was_made_from(folder):
+    assert json.loads((folder / "training.json").read_text())["data"]["name"] == "digits"
     card = (folder / "README.md").read_text()
-    assert "name: digits" in card
     assert "library_name: diffusers" in card
+    assert "`training.json`" in card
+
+
+def test_a_model_folder_that_does_not_name_its_run_is_told(folder):
+    save_model(folder, small_unet(), CONFIG, {"run": "0123456789abcdef"})
+    assert training_run(folder) == "0123456789abcdef"
+    (folder / "training.json").write_text("{}")
+    with pytest.raises(UserError, match=r"training\.json: has no 'run'; run the stage train again"):
+        training_run(folder)
 
 
 def test_weights_are_safetensors_that_diffusers_reads(folder):
@@ -342,7 +351,7 @@ def test_a_missing_folder_to_start_from_is_named(tmp_path):
     nowhere = tmp_path / "nowhere"
     with pytest.raises(UserError, match=r"train\.init_from: .*nowhere/unet/config\.json: .* is no model folder"):
         train(tmp_path, f"train.init_from={nowhere}")
-    with pytest.raises(UserError, match=r"train\.init_from: .*model\.safetensors: not found; this is no model folder"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not found; this is no model folder"):
         weights_sha256(nowhere)
 
 
@@ -360,10 +369,50 @@ def test_the_train_stage_fine_tunes_and_tells_other_weights_of_the_same_folder_a
     runs = []
     monkeypatch.setattr("ddpm.tracking.Tracker", lambda *arguments: runs.append(arguments[3]) or Tracker(*arguments))
     run_stage(train_stage, "train.init_from=base", *short)
-    assert weights_sha256("base") in (tmp_path / "models/ddpm/README.md").read_text()
+    assert json.loads((tmp_path / "models/ddpm/training.json").read_text())["init_from"] == weights_sha256("base")
     unet, diffusion = load_model("base")
     with torch.no_grad():
         unet.conv_in.weight[0, 0, 0, 0] += 1
     save_model("base", unet, diffusion, {})
     run_stage(train_stage, "train.init_from=base", *short)
     assert runs[0] != runs[1]
+
+
+def test_the_names_of_the_classes_are_kept_with_the_model(tmp_path):
+    unet = small_unet(class_names=("cat", "dog"), num_class_embeds=3)
+    save_model(tmp_path, unet, CONFIG, {})
+    loaded, _ = load_model(tmp_path)
+    assert loaded.config == unet.config
+    assert loaded.config.no_label == 2
+    assert "Classes, from 0 up: cat, dog." in (tmp_path / "README.md").read_text()
+    theirs = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.arange(3), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(unet(x, t, labels), theirs(x, t, class_labels=labels).sample, rtol=1e-4, atol=1e-5)
+    save_model(tmp_path / "plain", small_unet(), CONFIG, {})
+    assert not (tmp_path / "plain/classes.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '["cat"]', "3"])
+def test_class_names_that_do_not_fit_are_told_with_their_file(tmp_path, content):
+    save_model(tmp_path, small_unet(class_names=("cat", "dog"), num_class_embeds=3), CONFIG, {})
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(UserError, match=r"classes\.json|class names"):
+        load_model(tmp_path)
+
+
+def test_a_conditional_model_whose_class_names_are_unknown_can_be_started_from(tmp_path):
+    save_model(tmp_path, small_unet(num_class_embeds=2), CONFIG, {})
+    ours = small_unet(class_names=("cat", "dog"), num_class_embeds=2)
+    assert load_weights(tmp_path, ours.config, "v").keys() == ours.state_dict().keys()
+    with pytest.raises(UserError, match=r"class_names = \('cat', 'dog'\), and the one .* ask for \('dog', 'cat'\)"):
+        save_model(tmp_path, ours, CONFIG, {})
+        load_weights(tmp_path, small_unet(class_names=("dog", "cat"), num_class_embeds=2).config, "v")
+
+
+def test_starting_from_a_model_that_predicts_something_else_is_warned_of(tmp_path, capsys):
+    save_model(tmp_path, small_unet(), CONFIG, {})
+    for prediction in ("epsilon", "x0", "v"):
+        load_weights(tmp_path, small_unet().config, prediction)
+        told = capsys.readouterr().err
+        assert (told == "") == (prediction == CONFIG.prediction)
+        assert told.count("\n") <= 1

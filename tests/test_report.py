@@ -15,9 +15,9 @@ VALUES = {
 }  # fmt: skip
 
 
-def card(*overrides, values=VALUES, digest="none"):
+def card(*overrides, values=VALUES, digest="none", classes=()):
     params = check(composed(*overrides))
-    text = report.card(values, params.evaluate, params.sample, DATA, digest)
+    text = report.card(values, params.evaluate, params.sample, DATA, digest, classes)
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "|---" not in line]
     return dict(row for row in rows if len(row) == 2)
 
@@ -33,6 +33,12 @@ def test_the_card_tells_what_the_distance_was_measured_with():
     assert told["Extractor's weights, sha256"] == "672682"
     assert told["Reference"] == "digits, train: 1797 images of 8x8x1"
     assert told["Data set, sha256"] == "f8286"
+
+
+def test_the_card_of_a_class_conditional_model_tells_classes_and_guidance():
+    conditional = ("model.class_conditional=true", "sample.guidance=2.5")
+    assert card(*conditional, classes=["cat", "dog"])["Classes"] == "cat, dog, in turn, guidance scale 2.5"
+    assert "Classes" not in card()
 
 
 def test_a_distance_of_pixels_is_not_called_fid():

@@ -19,6 +19,8 @@ import errno, os, signal, sys, time
 from ddpm.errors import UserError
 from ddpm.runtime import run_stage
 
+sys.platform = {platform!r}
+
 def main(params):
     {body}
 
@@ -32,11 +34,11 @@ def environment(**more):
     return keep | {"PYTHONPATH": str(ROOT)} | more
 
 
-def prepare(folder, body="pass", **runtime_changes):
+def prepare(folder, body="pass", platform=sys.platform, **runtime_changes):
     tree = composed()
     tree["runtime"] |= runtime_changes
     (folder / "params.yaml").write_text(OmegaConf.to_yaml(tree))
-    (folder / "stage.py").write_text(SCRIPT.format(body=body))
+    (folder / "stage.py").write_text(SCRIPT.format(body=body, platform=platform))
     return {"cwd": folder, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
@@ -82,16 +84,82 @@ def test_an_impatient_second_signal_changes_nothing(tmp_path):
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run it again to go on\n")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_a_stage_dies_with_its_parent(tmp_path):
+@pytest.mark.parametrize(
+    ("end", "code", "told"), [("return", 0, ""), ("raise Interrupted(15)", 143, "stopped by SIGTERM")]
+)
+def test_a_signal_at_the_very_end_changes_nothing(tmp_path, end, code, told):
+    again = "os.kill(os.getpid(), signal.SIGTERM); sum(range(9999))"
+    body = f"import atexit; from ddpm.runtime import Interrupted; atexit.register(lambda: exec({again!r})); {end}"
+    done = run(tmp_path, body)
+    assert (done.returncode, done.stderr.partition(";")[0]) == (code, told)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("platform", sorted({"darwin", sys.platform}))
+def test_a_stage_dies_with_its_parent(tmp_path, platform):
     shell = ["sh", "-c", f"'{sys.executable}' stage.py; true"]  # `; true` keeps the shell as the parent
-    with subprocess.Popen(shell, **prepare(tmp_path, SLEEP)) as parent:
+    with subprocess.Popen(shell, **prepare(tmp_path, SLEEP, platform)) as parent:
         assert parent.stdout.readline() == "ready\n"
         parent.kill()
         start = time.monotonic()
         err = parent.stderr.read()  # ends when the stage, which holds the other end, has ended
         assert time.monotonic() - start < PATIENCE  # without the signal: 60 s
     assert err == "stopped by SIGTERM; run it again to go on\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+@pytest.mark.parametrize("name", ["exec-run", "repro"])
+def test_a_stage_of_a_queue_stops_when_the_worker_is_killed_above_its_dvc(tmp_path, name):
+    """dvc exp queue-worker starts dvc exp exec-run, which starts the stage; nobody would collect what it makes."""
+    inner = f"'{sys.executable}' stage.py; true"
+    worker = ["sh", "-c", f'sh -c "{inner}" {name}; true']
+    body = "print('ready', flush=True); time.sleep(3)"
+    with subprocess.Popen(worker, **prepare(tmp_path, body)) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        err = process.stderr.read()
+    assert err == ("stopped by SIGTERM; run it again to go on\n" if name == "exec-run" else "")
+
+
+BUSY = "another stage is at work here"
+ORPHAN = ["sh", "-c", f"'{sys.executable}' stage.py &"]  # the shell has ended long before Python runs
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_a_stage_that_lost_its_dvc_before_it_ran_stops_at_once(tmp_path, platform):
+    options = prepare(tmp_path, "print('run')", platform)
+    done = subprocess.run(
+        ORPHAN, timeout=PATIENCE, start_new_session=True, **options | {"env": environment(DVC_STAGE="x")}
+    )
+    assert (done.stdout, done.stderr) == ("", "stopped by SIGTERM; run it again to go on\n")
+
+
+def test_a_stage_that_was_started_by_hand_needs_no_parent(tmp_path):
+    done = subprocess.run(ORPHAN, timeout=PATIENCE, start_new_session=True, **prepare(tmp_path, "print('run')"))
+    assert (done.stdout, done.stderr) == ("run\n", "")
+
+
+def test_a_stage_waits_for_one_that_is_about_to_end_in_the_same_folder(tmp_path):
+    """As when dvc was killed and is started again while its stage still saves."""
+    options = prepare(tmp_path, "print('ready', flush=True); time.sleep(1); print('done', flush=True)")
+    with (
+        subprocess.Popen([sys.executable, "stage.py"], **options) as first,
+        subprocess.Popen([sys.executable, "stage.py"], **options) as second,
+    ):
+        out = [stage.communicate(timeout=PATIENCE) for stage in (first, second)]
+    assert [stdout for stdout, _ in out] == ["ready\ndone\n"] * 2
+    assert sorted(stderr for _, stderr in out) == ["", f"{tmp_path.resolve()}: {BUSY}; waiting for its end\n"]
+
+
+def test_a_stage_refuses_to_run_beside_another_in_the_same_folder(tmp_path):
+    options = prepare(tmp_path, SLEEP)
+    with subprocess.Popen([sys.executable, "stage.py"], **options) as first:
+        assert first.stdout.readline() == "ready\n"
+        (tmp_path / "second.py").write_text("import ddpm.runtime as r; r.PATIENCE = 0.5; exec(open('stage.py').read())")
+        second = subprocess.run([sys.executable, "second.py"], timeout=PATIENCE, **options)
+        first.kill()
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr.splitlines()[1:] == [f"error: {tmp_path.resolve()}: {BUSY}; wait for it or stop it"]
 
 
 @pytest.mark.parametrize("reproducible", [True, False])

@@ -153,11 +153,74 @@ def test_an_image_depends_on_its_own_number_alone():
     assert not torch.equal(apart(), samplers.ImageNoise(4, range(6, 9), unet.config, CPU)())
 
 
-def test_a_class_conditional_model_is_refused_in_one_line():
-    params = check(composed()).sample
+PETS = {"class_names": ("cat", "dog"), "num_class_embeds": 3}
+
+
+def settings(**changes):
+    return check(composed()).sample.model_copy(update={"steps": 4, "batch_size": 3} | changes)
+
+
+@pytest.mark.parametrize("out_channels", [1, 2])  # without and with a learned variance
+def test_guidance_leads_from_no_label_through_the_label_and_beyond(out_channels):
+    unet = small_unet(**PETS, out_channels=out_channels)
+    x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    labels = torch.tensor([0, 1, 1, 0])
+    with torch.no_grad():
+        given, blind = unet(x, t, labels), unet(x, t, torch.full((4,), 2))
+        expected = {1.0: given, 0.0: blind, 3.0: 3 * given - 2 * blind}  # (1 + w) given - w blind, w = 2
+        for scale, value in expected.items():
+            output = samplers.guided(unet, labels, scale)(x, t)
+            torch.testing.assert_close(output[:, :1], value[:, :1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(output[:, 1:], given[:, 1:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(given, blind, atol=1e-2)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_guidance_means_the_same_whatever_the_network_predicts(prediction):
+    """The guided noise is the same combination of the two noises."""
+    d = GaussianDiffusion(DiffusionConfig(100, "cosine", prediction))
+    g = torch.Generator().manual_seed(0)
+    x, given, blind = torch.randn(3, 2, 1, 8, 8, generator=g, dtype=torch.float64)
+    t = torch.tensor([20, 70])
+    signal, sigma = (torch.tensor(table[[20, 70]]).view(2, 1, 1, 1) for table in (
+        d.sqrt_alphas_cumprod, d.sqrt_one_minus_alphas_cumprod))  # fmt: skip
+    noise = lambda output: (x - signal * d.predict_x0(x, t, output)) / sigma  # noqa: E731
+    both = noise(blind + 2.5 * (given - blind))
+    torch.testing.assert_close(both, noise(blind) + 2.5 * (noise(given) - noise(blind)), rtol=1e-4, atol=1e-4)
+
+
+def test_classes_are_drawn_in_turn_and_each_sample_depends_on_its_own_alone():
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
+    every = samplers.draw(unet, d, settings(), 0, 7, CPU)
+    dogs = samplers.draw(unet, d, settings(classes=["dog"]), 0, 7, CPU)
+    turned = samplers.draw(unet, d, settings(classes=["dog", "cat"], batch_size=7), 0, 7, CPU)
+    np.testing.assert_allclose(every[1::2], dogs[1::2], atol=1)
+    np.testing.assert_allclose(turned[::2], dogs[::2], atol=1)
+    assert (every[::2] != dogs[::2]).mean() > 0.1
+    assert (turned[1::2] != dogs[1::2]).mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "fault"),
+    [
+        (PETS, {"classes": ["cow"]}, "sample.classes: 'cow' is no class of models/ddpm; known: cat, dog"),
+        ({"num_class_embeds": 3}, {"classes": [3]}, "'3' is no class of models/ddpm; known: 0, 1, 2"),
+        ({"num_class_embeds": 3}, {"guidance": 2.0}, "sample.guidance = 2: must be 1 .*not learnt to do without"),
+        (PETS | {"num_class_embeds": 2}, {"guidance": 0.5}, "sample.guidance = 0.5: must be 1"),
+        ({}, {"classes": ["cat"]}, "'cat' is no class of models/ddpm; models/ddpm is unconditional"),
+        ({}, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),
+    ],
+)  # fmt: skip
+def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, changes, fault):
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
-    with pytest.raises(UserError, match=r"class-conditional"):
-        samplers.draw(small_unet(num_class_embeds=3), d, params, 0, 2, CPU)
+    with pytest.raises(UserError, match=fault):
+        samplers.draw(small_unet(**network), d, settings(**changes), 0, 2, CPU)
+
+
+def test_a_conditional_network_of_unknown_names_is_drawn_by_number():
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(num_class_embeds=3)
+    assert samplers.chosen_classes(settings(), unet.config) == [0, 1, 2]
+    assert samplers.draw(unet, d, settings(classes=[2]), 0, 2, CPU).shape == (2, 8, 8, 1)
 
 
 def test_x0_is_clipped_before_the_mean_is_built():

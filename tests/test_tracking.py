@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import wandb
@@ -117,7 +118,7 @@ def test_wandb_holds_the_composed_config_as_an_artifact(logged):
         for record in logged
         if record.WhichOneof("record_type") == "artifact" or record.request.HasField("log_artifact")
     )
-    assert (artifact.name, artifact.type) == ("config-abc123", "config")
+    assert (artifact.name, artifact.type) == ("train-config-abc123", "config")
     (entry,) = artifact.manifest.contents
     assert entry.path == "params.yaml"
     assert OmegaConf.to_container(OmegaConf.load(entry.local_path)) == CONFIG
@@ -212,8 +213,44 @@ def test_a_run_that_cannot_be_started_is_a_warning(monkeypatch, capsys):
 
     monkeypatch.setattr(wandb, "init", init)
     assert track().run is None
-    assert capsys.readouterr().err == "warning: W&B: no route to the host; this run is not recorded there\n"
+    assert capsys.readouterr().err == "warning: W&B: no route to the host; not recorded\n"
     assert json.loads(Path("results/metrics.json").read_text())["loss"] == 0.01
+
+
+def test_a_run_that_cannot_be_online_is_recorded_offline(started, monkeypatch, capsys):
+    def init(**options):
+        if options["mode"] == "online":
+            raise wandb.errors.CommError("no route\nto the host")
+        return started(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    os.environ["WANDB_API_KEY"] = KEY
+    assert track().run is started.run
+    assert [options["mode"] for options in started] == ["offline"]
+    assert capsys.readouterr().err == (
+        "warning: W&B: no route to the host; recorded offline (WANDB_MODE=offline saves the wait)\n"
+    )
+    del os.environ["WANDB_API_KEY"]
+    track(setting=Tracking(wandb="online", project="ddpm"))
+    assert capsys.readouterr().err == "warning: W&B: there is no key (wandb login); recorded offline\n"
+
+
+def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path):
+    code = (
+        "from ddpm.config import Tracking; from ddpm.tracking import Tracker\n"
+        "with Tracker(None, Tracking(wandb='auto', project='x'), {'a': 1}, 'abc', 'train') as tracker:\n"
+        "    tracker.log(1, {'loss': 0.5})\n"
+    )
+    wrong = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | wrong, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "recorded offline" in done.stderr
+    assert "0000" not in done.stderr
+    (file,) = tmp_path.glob("wandb/offline-run-*-abc/run-abc.wandb")
+    rows = [values(record.history.item) for record in records(file) if record.WhichOneof("record_type") == "history"]
+    assert rows[0]["train/loss"] == 0.5
 
 
 def test_a_connection_that_breaks_is_one_warning_and_dvclive_goes_on(started, capsys):
@@ -257,10 +294,12 @@ def netrc(host):
         ("auto", None, "netrc of another host", "offline"),
         ("auto", "", "environment", "online"),
         ("auto", "offline", "environment", "offline"),
-        ("auto", "online", None, "online"),
+        ("auto", "online", None, "offline"),
         ("offline", None, "environment", "offline"),
-        ("offline", "online", None, "online"),
-        ("online", None, None, "online"),
+        ("offline", "online", "netrc", "online"),
+        ("online", None, None, "offline"),
+        ("online", None, "environment", "online"),
+        ("auto", None, "netrc of today's server", "online"),
         ("online", "offline", "environment", "offline"),
         ("disabled", "offline", None, "offline"),
         ("disabled", None, "environment", None),
@@ -273,7 +312,8 @@ def test_the_mode_follows_the_key_and_the_variable_wins(started, setting, variab
     if key == "environment":
         os.environ["WANDB_API_KEY"] = KEY
     elif key:
-        netrc("api.wandb.ai" if key == "netrc" else "example.org")
+        today = urlsplit(wandb.Settings().base_url).hostname
+        netrc({"netrc": "api.wandb.ai", "netrc of today's server": today}.get(key, "example.org"))
     track(None, setting=Tracking(wandb=setting, project="mine"))
     assert [options["mode"] for options in started] == ([mode] if mode else [])
 
@@ -286,7 +326,7 @@ def test_a_broken_netrc_means_that_there_is_no_key(started):
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_resumed_stage_goes_on_in_the_same_run(started, mode, tmp_path):
-    os.environ |= {"WANDB_MODE": mode, "DVC_EXP_NAME": "brave-one"}
+    os.environ |= {"WANDB_MODE": mode, "DVC_EXP_NAME": "brave-one", "WANDB_API_KEY": KEY}
     track(None)
     (options,) = started
     assert (options["project"], options["id"], options["name"]) == ("ddpm", "abc123", "brave-one")

@@ -1,10 +1,14 @@
 import math
+import os
+import signal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from ddpm import samplers
 from ddpm.checkpoint import ResumeState
 from ddpm.config import Tracking, check
 from ddpm.data import as_tensor
@@ -12,12 +16,15 @@ from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.images import to_model_range
 from ddpm.runtime import Interrupted
+from ddpm.seeding import derive
 from ddpm.tracking import Tracker
 from ddpm.training import EMA, Job, make_lr_schedule, train
 from ddpm.unet import UNet, initialise
 from tests.conftest import composed, small_unet
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+UNCONDITIONAL: dict[str, Any] = {}
+TWO_CLASSES = {"class_names": ("dark", "bright"), "num_class_embeds": 3}
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
 
 
@@ -34,17 +41,16 @@ class Curves(Tracker):
         super().log(step, metrics, machine)
         self.logged[step] = metrics
         if step == self.stop_at and machine is not None:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
     def log_picture(self, step, name, picture, folder=None):
         super().log_picture(step, name, picture, folder)
         self.pictures.append(name)
+        if step and step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="run"):
+def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="run", network=UNCONDITIONAL):
     params = check(
         composed(
             "train.steps=12",
@@ -55,7 +61,7 @@ def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="r
             *overrides,
         )
     )
-    config = small_unet(dropout=0.1).config
+    config = small_unet(dropout=0.1, **network).config
     tracker = Curves(tmp_path / name, stop_at)
     job = Job(
         train=params.train,
@@ -67,7 +73,7 @@ def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="r
         folder=tmp_path / "pictures",
     )
     with ResumeState(tmp_path / f"state-{name}") as state:
-        model = train(UNet(config), images, job, state)
+        model = train(UNet(config), images, np.arange(len(images)) % 2, job, state)
     return model, tracker
 
 
@@ -76,13 +82,14 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device):
+@pytest.mark.parametrize("network", [UNCONDITIONAL, TWO_CLASSES])
+def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network):
     flip = "train.flip=true"
-    whole, curves = run(tmp_path, flip, device=device)
-    for stop_at in (3, 9):
+    whole, curves = run(tmp_path, flip, device=device, network=network)
+    for stop_at in (3, 9, 10):  # 10: with one of the three values of the next point of the curves
         with pytest.raises(Interrupted):
-            run(tmp_path, flip, device=device, stop_at=stop_at, name=f"cut-{stop_at}")
-        resumed, replayed = run(tmp_path, flip, device=device, name=f"cut-{stop_at}")
+            run(tmp_path, flip, device=device, stop_at=stop_at, name=f"cut-{stop_at}", network=network)
+        resumed, replayed = run(tmp_path, flip, device=device, name=f"cut-{stop_at}", network=network)
         assert same(whole, resumed)
         assert replayed.logged == curves.logged
         for name in ("loss", "learning_rate", "grad_norm"):
@@ -117,6 +124,36 @@ def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
     rates = [metrics["learning_rate"] for metrics in curves.logged.values()]
     assert rates[0] > rates[-1] > 0
     assert curves.pictures[:2] == ["inputs", "noise"]
+
+
+def brightness(model, classes, guidance=1.0):
+    """The mean pixel of 16 samples of each of these classes."""
+    diffusion = GaussianDiffusion(DiffusionConfig(50, "cosine", "v"))
+    settings = check(composed("sample.steps=10", "sample.batch_size=16", "diffusion.timesteps=50")).sample
+    settings = settings.model_copy(update={"classes": classes, "guidance": guidance})
+    return samplers.draw(model, diffusion, settings, 0, 16, torch.device("cpu")).mean()
+
+
+def test_a_class_conditional_network_draws_the_class_it_is_asked_for(tmp_path):
+    """Dark and bright images: a class gives its own, no label gives both, guidance away from no label the extreme."""
+    images = np.tile(np.array([60, 180], dtype=np.uint8).reshape(2, 1, 1, 1), (20, 8, 8, 1))  # labels alternate, too
+    images += np.random.default_rng(0).integers(0, 16, images.shape, dtype=np.uint8)
+    settings = ("train.steps=150", "optimizer.lr=5e-3", "train.log_every=50", "train.label_dropout=0.2")
+    model, _ = run(tmp_path, *settings, images=images, network=TWO_CLASSES)
+    dark, bright = brightness(model, ["dark"]), brightness(model, ["bright"])
+    assert dark == pytest.approx(68, abs=15)
+    assert bright == pytest.approx(188, abs=15)
+    assert dark < brightness(model, None) < bright  # in turn
+    assert brightness(model, ["bright"], guidance=3.0) > bright
+
+
+def test_hiding_labels_is_what_teaches_the_class_of_no_label(tmp_path):
+    untouched = run(tmp_path, "train.label_dropout=0.0", network=TWO_CLASSES, name="a")[0].class_embedding.weight
+    taught = run(tmp_path, "train.label_dropout=0.5", network=TWO_CLASSES, name="b")[0].class_embedding.weight
+    start = UNet(small_unet(**TWO_CLASSES).config)
+    initialise(start, torch.Generator().manual_seed(derive(0, "init")))
+    assert torch.equal(untouched[2], start.class_embedding.weight[2])
+    assert not torch.equal(taught[2], start.class_embedding.weight[2])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -156,6 +193,24 @@ def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch, flip):
     run(tmp_path, f"train.flip={flip}", images=images)
     left = torch.cat(seen)[:, 0, :, 0].eq(1).all(dim=1).float().mean().item()
     assert 0.3 < left < 0.7 if flip else left == 1.0
+
+
+def test_timesteps_are_uniform_over_all_and_the_noise_is_normal_and_new_at_every_step(tmp_path, monkeypatch):
+    seen = []
+    original = GaussianDiffusion.losses
+    monkeypatch.setattr(
+        GaussianDiffusion,
+        "losses",
+        lambda self, m, x0, t, noise, *rest: (seen.append((t, noise)), original(self, m, x0, t, noise, *rest))[1],
+    )
+    run(tmp_path, "train.steps=200", "train.sample_every=0")
+    t, noise = torch.cat([t for t, _ in seen]), torch.stack([noise for _, noise in seen]).double()
+    counts = torch.bincount(t, minlength=50)
+    assert len(counts) == 50  # 0 ... T-1
+    assert counts.min() > 10  # 32 are expected, with a standard deviation of 6
+    moments = [float(noise.pow(k).mean()) for k in (1, 2, 4)]
+    assert moments == pytest.approx([0, 1, 3], abs=0.05)  # the fourth is 1.8 for uniform noise
+    assert len(torch.unique(noise[:, 0, 0, 0, 0])) == 200
 
 
 @pytest.mark.parametrize("device", DEVICES)

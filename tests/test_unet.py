@@ -14,14 +14,16 @@ from tests.conftest import composed, small_unet
 def test_the_papers_network_has_the_papers_number_of_parameters():
     params = check(composed("model=paper", "dataset=cifar10"))
     with torch.device("meta"):
-        unet = UNet(unet_config(params.model, image_size=32, channels=3, learn_variance=False))
+        unet = UNet(
+            unet_config(params.model, image_size=32, channels=3, learn_variance=False, class_names=(), unlabelled=True)
+        )
     assert sum(p.numel() for p in unet.parameters()) == 35_746_307
 
 
 def twin(config: UNetConfig) -> UNet2DModel:
     """diffusers' network at the same settings."""
     values = asdict(config)
-    down, up = values.pop("attention"), values.pop("up_attention")
+    down, up, _ = values.pop("attention"), values.pop("up_attention"), values.pop("class_names")
     return UNet2DModel(
         **values,
         down_block_types=tuple("AttnDownBlock2D" if flag else "DownBlock2D" for flag in down),

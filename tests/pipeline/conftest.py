@@ -61,6 +61,12 @@ def make_clone(folder: Path) -> Clone:
     return clone
 
 
+def git_clone(source: Path, folder: Path) -> Clone:
+    """What someone else gets from git: no output that DVC holds, and a cache of their own, empty."""
+    subprocess.run(["git", "clone", "-q", source, folder], check=True)
+    return Clone(folder)
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Clone:
     """A clone in which the smoke preset has been run by `dvc exp run` and committed: about half a minute."""

@@ -31,6 +31,7 @@ def test_a_run_makes_all_that_the_design_promises(smoke):
         "samples/images.npy",
         "results/sample/grid.png",
         "results/sample/denoising.png",
+        "results/sample/film.png",
         "results/evaluate/metrics.json",
         "results/evaluate/loss_by_timestep.json",
         "results/evaluate/bound_by_timestep.json",
@@ -162,8 +163,15 @@ def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
                 states[rate["lr"]] = status
     assert states == {1e-5: "success", 1e30: "failed", 1e-2: "success"}
     log = smoke.dvc("queue", "status")
-    failed = next(line.split()[0] for line in log.splitlines() if "Failed" in line)
+    failed = next(line.split()[1] for line in log.splitlines() if "Failed" in line)
     assert "training diverged" in smoke.dvc("queue", "logs", failed)
+    table = smoke.run("python", "tools/exps.py").stdout
+    row = next(line.split() for line in table.splitlines() if line.strip().startswith(failed))
+    assert row[:2] == [failed, "failed"], table
+    assert "1e+30" in row, table
+    assert not any(re.fullmatch(r"\d+\.\d{4}", cell) for cell in row), "a failed trial is shown with numbers"
+    assert len(re.findall(r"success .*(?:1e-05|0\.01) .*(?: \d+\.\d{4} *){6}", table)) >= 2, table
+    assert f"dvc queue logs {failed}" in table
 
 
 WAIT = """

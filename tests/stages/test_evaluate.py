@@ -44,16 +44,24 @@ def distance(samples):
     return metrics.frechet_distance(*(metrics.extract_features(x, "pixels", None, 100, CPU) for x in (samples, real)))
 
 
+def tell(test):
+    """Write dataset.json, with so many held-out images."""
+    counts = {"train": 60, "test": test}
+    info = {"name": "digits", "shape": [8, 8, 1], "counts": counts, "classes": [], "broken": 0, "sha256": "0123abcd"}
+    Path("data/prepared/dataset.json").write_text(json.dumps(info))
+
+
 @pytest.fixture
 def inside(tmp_path, monkeypatch):
     """A folder with prepared data, a model and its samples."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
     for split, count in (("train", 60), ("test", 30)):
         Path("data/prepared", split).mkdir(parents=True)
         np.save(f"data/prepared/{split}/images.npy", images(count, seed=count))
-    info = {"name": "digits", "shape": [8, 8, 1], "sha256": "0123abcd"}
-    Path("data/prepared/dataset.json").write_text(json.dumps(info))
-    save_model("models/ddpm", small_unet(), DIFFUSION, {})
+        np.save(f"data/prepared/{split}/labels.npy", np.zeros(count, dtype=np.int64))
+    tell(test=30)
+    save_model("models/ddpm", small_unet(), DIFFUSION, {"run": "0123456789abcdef"})
     Path("samples").mkdir()
     np.save("samples/images.npy", drawn(seed=0))
     return tmp_path
@@ -85,6 +93,14 @@ def test_the_bound_is_told_where_it_is_asked_for_and_only_there(inside):
     assert values["bits_per_dim"] == pytest.approx(sum(row["bits_per_dim"] for row in told), rel=0.01)  # but L_T
     assert "bits_per_dim" not in run("evaluate.bound_images=0")
     assert json.loads(Path("results/evaluate/bound_by_timestep.json").read_text()) == []
+
+
+def test_samples_that_were_never_rounded_to_pixels_are_refused(inside):
+    np.save("samples/images.npy", np.load("samples/images.npy") / np.float32(127.5) - 1)
+    with pytest.raises(
+        UserError, match=r"samples/images\.npy: holds float32 .*, not uint8; run the stage sample again"
+    ):
+        run()
 
 
 def test_metrics_are_numbers_and_the_card_has_the_words(inside):
@@ -133,12 +149,14 @@ def test_copies_of_training_images_are_found_and_shown_beside_their_originals(in
     np.save("samples/images.npy", copied)
     assert run()["memorisation_ratio"] == 0
     picture = np.asarray(Image.open("results/evaluate/neighbours.png"))
-    np.testing.assert_array_equal(picture[16:56, 16:56], picture[16:56, 58:98])
-    np.testing.assert_array_equal(picture[16:56:5, 16:56:5], copied[0, ..., 0])
+    np.testing.assert_array_equal(picture[16:80, 16:80], picture[16:80, 82:146])
+    np.testing.assert_array_equal(picture[16:80:8, 16:80:8], copied[0, ..., 0])
 
 
 def test_a_single_held_out_image_leaves_out_what_it_does_not_define(inside):
     np.save("data/prepared/test/images.npy", images(1, seed=0))
+    np.save("data/prepared/test/labels.npy", np.zeros(1, dtype=np.int64))
+    tell(test=1)
     values = run("evaluate.reference=train")
     assert values["frechet_distance"] == values["frechet_distance_train"]
     assert not {"frechet_distance_test", "frechet_distance_real_test"} & set(values)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+import ddpm.evaluation  # noqa: F401  the run's name follows from the code that is loaded: all of it, before the first
+from ddpm.checkpoint import ResumeState
 from ddpm.config import check
 from ddpm.errors import UserError
 from stages import evaluate, prepare_data, sample, train
 from tests.conftest import composed
+from tests.test_tracking import records, values
 
 STAGES = (prepare_data, train, sample, evaluate)
 
@@ -52,9 +56,9 @@ def test_samples_are_pixels_of_the_shape_of_the_data(made):
 def test_the_pictures_show_the_samples_and_their_denoising(made):
     grid = Image.open(made / "results/sample/grid.png")
     strip = Image.open(made / "results/sample/denoising.png")
-    assert grid.size == (170, 170)  # 4 x 4 images of 40 pixels, with gaps of 2
-    assert strip.size == (11 * 42 + 2, 6 * 42 + 2)
-    first = np.asarray(grid)[2:42:5, 2:42:5]
+    assert grid.size == (266, 266)  # 4 x 4 images of 64 pixels, with gaps of 2
+    assert strip.size == (11 * 66 + 2, 6 * 66 + 2)
+    first = np.asarray(grid)[2:66:8, 2:66:8]
     np.testing.assert_array_equal(first, np.load(made / "samples/images.npy")[0, ..., 0])
 
 
@@ -73,6 +77,93 @@ def test_seed_and_sampler_change_the_samples(inside, overrides):
     run(sample, *overrides)
     assert (np.load("samples/images.npy") != before).mean() > 0.1
     run(sample)
+
+
+def test_a_class_conditional_model_goes_through_all_stages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    conditional = ("model.class_conditional=true", "sample.guidance=2.0", "sample.classes=[3, 8]")
+    for stage in STAGES:
+        run(stage, *conditional)
+    assert json.loads(Path("models/ddpm/classes.json").read_text()) == [str(i) for i in range(10)]
+    assert "| Classes | 3, 8, in turn, guidance scale 2 |" in Path("results/evaluate/card.md").read_text()
+    metrics = json.loads(Path("results/evaluate/metrics.json").read_text())
+    assert metrics["nfe"] == 20  # ten steps, with and without the label in each
+    before = np.load("samples/images.npy")
+    run(sample, *conditional[:2], "sample.classes=[8, 3]")
+    assert (np.load("samples/images.npy") != before).mean() > 0.1
+
+
+def test_a_class_conditional_model_of_data_without_classes_is_refused(inside, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inside / "data", "data")
+    info = json.loads(Path("data/prepared/dataset.json").read_text())
+    Path("data/prepared/dataset.json").write_text(json.dumps(info | {"classes": []}))
+    with pytest.raises(UserError, match=r"model.class_conditional = true: the prepared data has no classes"):
+        run(train, "model.class_conditional=true")
+
+
+class Killed(BaseException):
+    """What no handler catches, as SIGKILL."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder", "parts"),
+    [(sample, "samples", ["ddim", "moments"]), (evaluate, "results/evaluate", ["bound", "held-out", "ddim"])],
+)
+def test_a_stage_that_is_killed_again_and_again_gets_on_and_ends_in_the_same_bytes(
+    inside, monkeypatch, stage, folder, parts
+):
+    overrides = ("sample.batch_size=20", "evaluate.batch_size=200", "evaluate.bound_images=2", "evaluate.seeds=2")
+    run(stage, *overrides)
+    files = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    pictures = {path: path.read_bytes() for path in Path("results/sample").iterdir()}
+    kept, original = [], ResumeState.keep
+
+    def keep_one_and_die(self, name, compute):
+        new = not (self.folder / f"{name}.npy").exists()
+        array = original(self, name, compute)
+        if new:
+            kept.append(name)
+            raise Killed
+        return array
+
+    for path in files:
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumeState, "keep", keep_one_and_die)
+        for _ in range(50):
+            try:
+                run(stage, *overrides)
+                break
+            except Killed:
+                continue
+    assert len(kept) == len(set(kept)) > 3  # no part was computed twice
+    assert {part for part in parts if any(name.startswith(part) for name in kept)} == set(parts)
+    assert {path: path.read_bytes() for path in files} == files
+    assert {path: path.read_bytes() for path in pictures} == pictures
+    assert not list(Path(".state").iterdir())
+    run(sample)
+
+
+def test_the_stages_record_into_one_run_of_wandb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for stage in STAGES:
+        run(stage, "train.steps=12")
+    name = json.loads(Path("models/ddpm/training.json").read_text())["run"]
+    runs = sorted(tmp_path.glob("wandb/offline-run-*"))
+    assert [folder.name.rpartition("-")[2] for folder in runs] == [name] * 3
+    told = [list(records(next(folder.glob("*.wandb")))) for folder in runs]
+    rows = [
+        {key for record in log if record.WhichOneof("record_type") == "history" for key in values(record.history.item)}
+        for log in told
+    ]
+    assert "train/loss" in rows[0]
+    assert {"sample/grid.path", "sample/denoising.path"} <= rows[1]
+    metrics = json.loads(Path("results/evaluate/metrics.json").read_text())
+    assert {"evaluate/neighbours.path"} | {f"evaluate/{key}" for key in metrics} <= rows[2]
 
 
 def test_samples_are_drawn_without_dropout(inside, monkeypatch):

@@ -1,0 +1,276 @@
+"""Every command that README.md shows is run, in a scratch clone: a new one has to be added to VERIFIED."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.pipeline.conftest import Clone, git_clone
+from tests.pipeline.test_dvc import WAIT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VENV = Path(sys.executable).parents[1]
+INSTALLED = f"VENV='{VENV}' -o '{VENV}/.run' -o '{VENV}/.dev'"  # make takes this environment for up to date
+
+
+class Verified(NamedTuple):
+    """How a command is verified: what is appended so that it is over in seconds, and what comes before and after."""
+
+    more: str = ""
+    before: Callable[[Clone], Clone | None] = lambda clone: None  # may give another folder, for the rest of the block
+    after: Callable[[Clone, str], None] = lambda clone, printed: None
+    slow: bool = False
+
+
+def blocks(language: str) -> list[list[str]]:
+    """The commands of each code block in that language, without their comments."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [
+        [line for raw in block.replace("\\\n", "").splitlines() if (line := re.sub(r"(^|\s+)#.*", "", raw))]
+        for block in found
+    ]
+
+
+def table(head: str) -> list[list[list[str]]]:
+    """The table with that head: by row and column, what stands in backticks."""
+    found = re.search(rf"^{re.escape(head)}\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert found, f"README.md has no table headed {head}"
+    rows = (row.strip("|").split("|") for row in found[1].splitlines()[1:])
+    return [[re.findall(r"`([^`]*)`", cell) for cell in row] for row in rows]
+
+
+def params(clone: Clone) -> dict:
+    return yaml.safe_load((clone.folder / "params.yaml").read_text())
+
+
+def without_samples(clone: Clone) -> None:
+    (clone.folder / "samples/images.npy").unlink()
+
+
+def with_samples(clone: Clone, printed: str) -> None:
+    assert (clone.folder / "samples/images.npy").exists()
+
+
+def images(clone: Clone) -> None:
+    for i in range(24):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(clone.folder / f"data/raw/{i}.png")
+
+
+def made_from_images(clone: Clone, printed: str) -> None:
+    assert json.loads((clone.folder / "data/prepared/dataset.json").read_text())["shape"] == [16, 16, 3]
+    assert np.load(clone.folder / "samples/images.npy").shape == (8, 16, 16, 3)
+
+
+def with_remote(clone: Clone) -> None:
+    clone.dvc("remote", "add", "--force", "--default", "storage", str(clone.folder.parent / "storage"))
+    clone.run("git", "commit", "-qam", "A remote")
+
+
+def elsewhere(clone: Clone) -> Clone:
+    with_remote(clone)
+    clone.dvc("push")
+    return git_clone(clone.folder, clone.folder.parent / "elsewhere")
+
+
+def is_clean(clone: Clone, printed: str) -> None:
+    assert "up to date" in printed
+    assert clone.run("dvc", "status", "-q", check=False).returncode == 0
+
+
+def fetched(clone: Clone, printed: str) -> None:
+    names = {path.name for path in (clone.folder / "base").iterdir()}
+    assert names == {path.name for path in (clone.folder.parent / "author/models/ddpm").iterdir()}
+
+
+def released(clone: Clone) -> Clone:
+    with_remote(clone)
+    clone.run("gto", "register", "ddpm", "--version", "v1.0.0")
+    clone.dvc("push", "models/ddpm")
+    reader = Clone(clone.folder.parent / "reader")
+    reader.folder.mkdir()
+    return reader
+
+
+def at_hand(clone: Clone, printed: str) -> None:
+    assert "ddpm@v1.0.0" in clone.run("git", "ls-remote", "--tags", "origin").stdout
+
+
+def until_done(clone: Clone, printed: str) -> None:
+    clone.run("python", "-c", WAIT)
+
+
+def three_states(clone: Clone, printed: str) -> None:
+    assert printed.count("Success") + printed.count("Failed") == 3
+
+
+def curve_is_drawn(clone: Clone, printed: str) -> None:
+    points = json.loads((clone.folder / "results/evaluate/fd_by_nfe.json").read_text())
+    assert [(p["sampler"], p["nfe"]) for p in points] == [
+        *[("ddim", n) for n in (5, 10, 20, 50)],
+        *[("dpm_solver", n) for n in (5, 10, 20)],
+    ]
+
+
+def three_trials(clone: Clone) -> None:
+    (clone.folder / "docs/learning_rates.png").unlink()
+    for name in ("lr-1e-5", "lr-2e-3", "lr-1"):
+        clone.run("git", "tag", name)
+
+
+def three_curves(clone: Clone, printed: str) -> None:
+    with Image.open(clone.folder / "docs/learning_rates.png") as picture:
+        assert picture.width > 400
+
+
+def two_classes(clone: Clone, printed: str) -> None:
+    assert "| Classes | 3, 8, in turn, guidance scale 2 |" in (clone.folder / "results/evaluate/card.md").read_text()
+
+
+def contains(*parts: str) -> Callable[[Clone, str], None]:
+    def check(clone: Clone, printed: str) -> None:
+        assert [part for part in parts if part not in printed] == []
+
+    return check
+
+
+def has_param(section: str, key: str, value: object) -> Callable[[Clone, str], None]:
+    def check(clone: Clone, printed: str) -> None:
+        assert params(clone)[section][key] == value
+        assert "Running stage 'train'" in printed
+
+    return check
+
+
+SMOKE = "-S +experiment=smoke"
+TRAIN = f"{SMOKE} -S train.steps=4 -S runtime.threads=1 train"  # that stage alone
+TINY = (
+    "-S train.steps=2 -S train.batch_size=4 -S sample.count=8 -S sample.steps=2 -S sample.batch_size=8 "
+    "-S evaluate.loss_images=2 -S evaluate.loss_bins=1 "
+    "-S dataset.test_fraction=0.5 -S dataset.image_size=16 -S runtime.threads=1"
+)
+PLACES = {  # what a person replaces by their own
+    "<name>": "HEAD",
+    "/some/where": "..",
+    "/mnt/storage/ddpm": "{parent}/storage",
+    "/path/or/url/of/the/repository": "{parent}/author",
+}
+CROP = {"_target_": "torchvision.transforms.v2.RandomCrop", "size": 8, "padding": 1}
+
+VERIFIED = {
+    "make repro": Verified(INSTALLED, after=contains("frechet_distance", "results/sample/grid.png")),
+    # the suite cannot run itself; this is what it is run by
+    "make test": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "pytest -n 2 --cov")),
+    "dvc repro": Verified(after=contains("up to date")),
+    "dvc exp run -S train.steps=3000": Verified(TRAIN, after=contains("Running stage 'train'", "Ran experiment")),
+    "dvc exp run -n slow -S optimizer.lr=1e-5": Verified(TRAIN, after=has_param("optimizer", "lr", 1e-5)),
+    'make plots REV="main slow"': Verified(INSTALLED, after=contains("dvc_plots/index.html")),
+    "dvc exp run -S +experiment=cifar10 -S train.precision=bf16": Verified(
+        f"-S dataset=folder -S model=small -S evaluate=pixels -S evaluate.bound_images=0 {TINY}",
+        before=images,
+        after=made_from_images,
+    ),
+    "make exps": Verified(INSTALLED, after=contains("Fréchet")),
+    "dvc metrics show": Verified(after=contains("frechet_distance", "loss")),
+    "dvc metrics diff": Verified(after=contains("results/train/metrics.json")),
+    "make plots": Verified(INSTALLED, after=contains("dvc_plots/index.html")),
+    'make plots REV="main <name>"': Verified(INSTALLED, after=contains("dvc_plots/index.html")),
+    'make curves REV="lr-1e-5 lr-2e-3 lr-1" OUT=docs/learning_rates.png': Verified(
+        INSTALLED, before=three_trials, after=three_curves
+    ),
+    "dvc checkout": Verified(before=without_samples, after=with_samples),
+    "dvc exp run -S dataset=folder -S dataset.image_size=32 -S +experiment=short": Verified(
+        TINY, before=images, after=made_from_images
+    ),
+    "dvc exp run -S '~optimizer' -S '+optimizer={_target_: torch.optim.RMSprop, lr: 1e-3, alpha: 0.9}'": Verified(
+        TRAIN, after=has_param("optimizer", "_target_", "torch.optim.RMSprop")
+    ),
+    "dvc exp run -S 'train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 1}]'": (
+        Verified(TRAIN, after=has_param("train", "transforms", [CROP]))
+    ),
+    "cp -r models/ddpm /some/where/base": Verified(),
+    "dvc exp run -S train.init_from=/some/where/base": Verified(
+        TRAIN, after=has_param("train", "init_from", "../base")
+    ),
+    "dvc exp run -S 'evaluate.nfe_curve=[{sampler: ddim, steps: [5, 10, 20, 50]}, {sampler: dpm_solver, steps: "
+    "[5, 10, 20]}]'": Verified(f"{SMOKE} -S evaluate.nfe_samples=8 -S evaluate.bound_images=0", after=curve_is_drawn),
+    "dvc exp run --queue -S 'optimizer.lr=1e-5,2e-3,1.0'": Verified(TRAIN, slow=True),
+    "dvc queue start -j 1": Verified(after=until_done),
+    "dvc queue status": Verified(after=three_states),
+    "dvc exp run -S model.class_conditional=true -S sample.guidance=2.0 -S 'sample.classes=[3, 8]'": Verified(
+        f"{SMOKE} -S train.steps=4 -S evaluate.bound_images=0 -S runtime.threads=1", after=two_classes
+    ),
+    "dvc repro -f && git diff --exit-code dvc.lock": Verified(after=contains("Running stage 'train'"), slow=True),
+    "dvc remote add --default storage /mnt/storage/ddpm": Verified(),
+    'git commit -m "Where the outputs are" .dvc/config': Verified(),
+    "dvc push && git push": Verified(after=contains("pushed")),
+    "dvc pull && dvc status": Verified(before=elsewhere, after=is_clean),
+    "gto register ddpm --version v1.0.0": Verified(before=with_remote, after=contains("ddpm@v1.0.0")),
+    "gto assign ddpm --version v1.0.0 --stage production": Verified(after=contains("ddpm#production#1")),
+    "dvc push && git push --tags": Verified(after=at_hand),
+    "dvc artifacts get /path/or/url/of/the/repository ddpm --rev v1.0.0 -o base": Verified(
+        before=released, after=fetched
+    ),
+}
+SHOWN = [*blocks("sh"), [command for row in table("| command | does |") for command in row[0]]]
+
+
+def test_every_command_of_the_readme_is_verified():
+    commands = {command for block in SHOWN for command in block}
+    assert sorted(commands - VERIFIED.keys()) == [], "in README.md and in no test: add them to VERIFIED"
+    assert sorted(VERIFIED.keys() - commands) == [], "in VERIFIED and no longer in README.md"
+
+
+@pytest.fixture
+def author(smoke: Clone, tmp_path: Path) -> Clone:
+    """A clone with the outputs of the smoke preset, and a repository that it pushes to."""
+    smoke.run("git", "clone", "-q", "--bare", ".", str(tmp_path / "hosted.git"))
+    clone = git_clone(tmp_path / "hosted.git", tmp_path / "author")
+    shutil.copytree(smoke.folder / ".dvc/cache/files", clone.folder / ".dvc/cache/files")  # without the runs of others
+    clone.dvc("checkout", "-q")
+    return clone
+
+
+def marks(block: list[str]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if any(command in VERIFIED and VERIFIED[command].slow for command in block) else []
+
+
+@pytest.mark.parametrize("block", [pytest.param(block, id=block[0], marks=marks(block)) for block in SHOWN])
+def test_the_commands_of_the_readme_do_what_it_says(author: Clone, block: list[str]) -> None:
+    place = author
+    for command in block:
+        how = VERIFIED[command]
+        place = how.before(place) or place
+        for name, path in PLACES.items():
+            command = command.replace(name, path.format(parent=author.folder.parent))
+        done = place.run("sh", "-ec", f"{command} {how.more}")
+        how.after(place, done.stdout + done.stderr)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_gives_images(author: Clone) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    author.env["OMP_NUM_THREADS"] = "1"  # a thousand steps, each too small to be shared out
+    done = author.run("python", "-c", f"{block}\nprint([image.size for image in images])")
+    assert done.stdout == f"{[(8, 8)] * 4}\n"
+
+
+def test_every_preset_is_in_the_readme_and_no_other():
+    told = [name for row in table("| `-S +experiment=` | what |") for name in row[0]]
+    assert sorted(told) == sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+
+
+def test_every_choice_of_every_group_is_in_the_readme_and_no_other():
+    rows = table("| group | choices | knobs that matter most |")
+    told = {name: sorted(choices) for group, choices, _ in rows for name in group}
+    folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "experiment"]
+    assert told == {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}

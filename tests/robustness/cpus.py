@@ -1,0 +1,120 @@
+"""Compare the bytes of all four stages on this CPU with those on others, emulated by qemu-user.
+
+    python -m tests.robustness.cpus                  # Haswell (Intel, 2013) and EPYC (AMD, 2017)
+    python -m tests.robustness.cpus --cpus Haswell Skylake-Client EPYC-Rome
+
+A tiny run, since emulation is slow: a few steps of training, every sampler, every metric. The files that the stages
+write have to agree, and the metrics with all their digits are compared too, to see what is only saved by rounding.
+Needs Debian's package qemu-user.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from tests.robustness.scratch import clone, environment
+
+OVERRIDES = (
+    "+experiment=smoke",
+    "dataset.subset=200",
+    "diffusion.timesteps=40",
+    "model.class_conditional=true",
+    "sample.guidance=2.0",
+    "train.steps=6",
+    "train.batch_size=16",
+    "train.flip=true",
+    "train.log_every=2",
+    "train.label_dropout=0.1",
+    "sample.count=24",
+    "sample.batch_size=16",
+    "sample.steps=4",
+    "sample.grid=16",
+    "evaluate.kid_subset_size=20",
+    "evaluate.loss_bins=2",
+    "evaluate.loss_images=16",
+    "evaluate.nfe_samples=8",
+    "evaluate.nfe_curve=[{sampler: ddpm, steps: [4]}, {sampler: dpm_solver, steps: [4]}]",
+    "tracking.wandb=disabled",
+)
+
+
+def probe() -> dict[str, str]:
+    """Run the stages in the current folder, and return a hash, or a number, by its name."""
+    from ddpm.runtime import REPRODUCIBLE_ENVIRONMENT
+
+    os.environ.update(REPRODUCIBLE_ENVIRONMENT)  # before torch is loaded
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from ddpm import report
+    from ddpm.config import check
+    from stages import evaluate, prepare_data, sample, train
+
+    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
+        params = check(OmegaConf.to_container(compose("config", overrides=list(OVERRIDES)), resolve=True))
+    for stage in (prepare_data, train, sample, evaluate):
+        stage.main(SimpleNamespace(**{section: getattr(params, section) for section in stage.SECTIONS}))
+    here = Path()
+    found = {
+        path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(here.rglob("*"))
+        if path.is_file() and ".state" not in path.parts
+    }
+    report.DIGITS = 17
+    evaluate.main(SimpleNamespace(**{section: getattr(params, section) for section in evaluate.SECTIONS}))
+    for name in ("metrics", "loss_by_timestep", "bound_by_timestep", "fd_by_nfe"):
+        content = json.loads((here / f"results/evaluate/{name}.json").read_text())
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            found[f"all digits of {name} {key}"] = repr(value)
+    return found
+
+
+def run(cpu: str | None, code: Path) -> dict[str, str]:
+    """What `probe` finds with the code of that folder, on this CPU or on an emulated one."""
+    emulator = ["qemu-x86_64", "-cpu", cpu] if cpu else []
+    with tempfile.TemporaryDirectory() as folder:
+        # the interpreter itself, which is told where the virtual environment has its packages
+        python = [os.path.realpath(sys.executable), "-c"]
+        script = "import json, sys; from tests.robustness.cpus import probe; json.dump(probe(), open('found', 'w'))"
+        env = environment(Path(folder)) | {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, sys.path[1:])])}
+        start = time.monotonic()
+        done = subprocess.run([*emulator, *python, script], cwd=folder, env=env, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{done.stderr}\nerror: the run on {cpu or 'this CPU'} ended with {done.returncode}")
+        found = json.loads(Path(folder, "found").read_text())
+        print(f"{cpu or 'this CPU'}: {len(found)} hashes and numbers in {time.monotonic() - start:.0f} s", flush=True)
+        return dict(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cpus", nargs="+", default=["Haswell", "EPYC"], help="names that qemu-x86_64 -cpu help lists")
+    arguments = parser.parse_args()
+    if not shutil.which("qemu-x86_64"):
+        sys.exit("error: qemu-x86_64 is missing: apt-get install qemu-user")
+    code = Path(tempfile.mkdtemp(prefix="cpus-")) / "clone"  # which nobody edits while the slow runs last
+    clone(code)
+    here, other = run(None, code), 0
+    for cpu in arguments.cpus:
+        there = run(cpu, code)
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name):
+                digits = name.startswith("all digits")
+                other += not digits
+                print(f"  {cpu}: {name} differs: {here.get(name)}, {there.get(name)}{' (before rounding)' * digits}")
+    files = sum(not name.startswith("all digits") for name in here)
+    print(f"{files} files compared on {len(arguments.cpus)} other CPUs: {other} differences")
+    shutil.rmtree(code.parent)
+    sys.exit(bool(other))
+
+
+if __name__ == "__main__":
+    main()

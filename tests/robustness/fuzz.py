@@ -1,0 +1,416 @@
+"""Feed damaged, odd and hostile inputs to what reads a person's files: each ends in a result or in a told fault.
+
+    python -m tests.robustness.fuzz --examples 5000
+    python -m tests.robustness.fuzz --only images --examples 100000 --seed 7
+
+Told means a `UserError` whose lines a terminal can show; anything else, from a KeyError to a hang, is a bug, and
+hypothesis reduces the input that shows it.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ddpm.checkpoint import ResumeState
+from ddpm.config import Dataset, check, load_params
+from ddpm.data import load_images, load_info, load_labels
+from ddpm.datasets import prepare
+from ddpm.decode import decode_file
+from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.errors import UserError
+from ddpm.pipeline_io import load_model, save_model, training_run
+from tests.conftest import composed, small_unet
+
+EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "PNG", "txt", "png.exe", "")
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+)
+SIZES = ((1, 1), (1, 33), (40, 1), (17, 9), (64, 64))
+NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 7, 8, 16, 10**4, 10**9, 10**15, 2**63, 10**400)
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from(NUMBERS)
+    | st.floats()
+    | st.sampled_from([1e-300, 0.5, 1e308])
+    | st.text(max_size=6)
+    | st.sampled_from(["UNet2DModel", "AttnDownBlock2D", "linear", "../../etc/passwd", "\x1b[2J", "os.system", "${x}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=5,
+)
+PLACE = st.floats(0, 1, exclude_max=True)  # in a file or a list, whatever its length
+# What may happen to the bytes of a file
+BYTES = st.lists(
+    st.tuples(
+        st.sampled_from(["cut", "flip", "set", "insert", "delete", "repeat", "zero"]),
+        PLACE,
+        st.binary(min_size=1, max_size=8),
+    ),
+    max_size=4,
+)
+# ... and to the values of a JSON or YAML tree
+VALUES = st.lists(st.tuples(st.sampled_from(["set", "delete", "add"]), st.lists(PLACE, min_size=3, max_size=3), JUNK),
+                  min_size=1, max_size=3)  # fmt: skip
+
+
+def damaged(content: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
+    data = bytearray(content)
+    for kind, place, new in changes:
+        at = int(place * len(data))
+        if kind == "cut":
+            del data[at:]
+        elif kind == "flip" and data:
+            data[at] ^= 1 << new[0] % 8
+        elif kind == "set":
+            data[at : at + len(new)] = new
+        elif kind == "insert":
+            data[at:at] = new
+        elif kind == "delete":
+            del data[at : at + 16 * new[0]]
+        elif kind == "repeat":
+            data[at:at] = data[at : at + 4 * new[0]]
+        elif kind == "zero":
+            data[at : at + new[0]] = bytes(len(data[at : at + new[0]]))
+    return bytes(data)
+
+
+def mutated(tree: Any, changes: list[tuple[str, list[float], Any]]) -> Any:
+    for kind, places, value in changes:
+        node, key = tree, None
+        for place in places:  # down to a node that has a value at a key
+            keys = sorted(node, key=str) if isinstance(node, dict) else range(len(node))
+            key = keys[int(place * len(keys))] if keys else None
+            if key is None or not isinstance(node[key], dict | list):
+                break
+            if place < 0.9:
+                node = node[key]
+                key = None
+        if kind == "add" and isinstance(node, dict):
+            node[str(value)[:8]] = value
+        elif key is not None and kind == "set":
+            node[key] = value
+        elif key is not None and kind == "delete":
+            del node[key]
+    return tree
+
+
+def outcome(read: Callable[[], object]) -> str:
+    """Whether `read` gave a result, or told what is wrong in lines that can be shown."""
+    try:
+        read()
+    except UserError as fault:
+        lines = str(fault).split("\n")
+        assert all(line.strip() and line.isprintable() and len(line) < 2500 for line in lines), lines
+        return "told"
+    return "result"
+
+
+def scratch() -> Path:
+    """A new folder in memory, where there is one."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+
+
+# The files that are damaged
+
+
+@cache
+def params() -> dict[str, Any]:
+    return composed()
+
+
+@cache
+def image_corpus() -> list[bytes]:
+    """What Pillow can write, in every format, mode and a few odd sizes, animated where there is such a thing."""
+    Image.init()
+    rng = np.random.default_rng(0)
+    found = [b"", b"not an image", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x10\0\0\0WEBP", b"BM"]
+    found += [b'<svg xmlns="http://www.w3.org/2000/svg"/>', b"%PDF-1.4", b"\x1f\x8b\x08\0"]
+    for kind in sorted(set(Image.SAVE) - {"PDF", "EPS"}):
+        for mode in MODES:
+            for size in SIZES if mode in ("L", "RGB", "RGBA", "P") else SIZES[-1:]:
+                pixels = Image.fromarray(rng.integers(0, 256, (*size, 4), dtype=np.uint8), "RGBA")
+                try:
+                    image = pixels.convert("RGB").convert(mode) if mode != "RGBA" else pixels
+                    buffer = io.BytesIO()
+                    many = {"save_all": True, "append_images": [image]} if kind in Image.SAVE_ALL else {}
+                    image.save(buffer, kind, **many)
+                except Exception:
+                    continue
+                found.append(buffer.getvalue())
+    return found
+
+
+@cache
+def model_files() -> dict[str, bytes]:
+    folder = scratch()
+    network = small_unet(num_class_embeds=3, class_names=("a", "b"))
+    save_model(folder, network, DiffusionConfig(20, "linear", "epsilon"), {"run": "0" * 16, "data": {"name": "digits"}})
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder)
+    return files
+
+
+@cache
+def prepared_files() -> dict[str, bytes]:
+    folder = scratch()
+    prepare(Dataset(**params()["dataset"] | {"subset": 20}), folder / "prepared", folder)
+    files = {
+        path.relative_to(folder / "prepared").as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    shutil.rmtree(folder)
+    return files
+
+
+def written(files: dict[str, bytes]) -> Path:
+    folder = scratch()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def named(files: Callable[[], dict[str, bytes]], changes: dict[str, Any]) -> Path:
+    """The files, one of them changed in its bytes or, if it is JSON, in its values, or gone."""
+    all_files = dict(files())
+    name = sorted(all_files)[int(changes["which"] * len(all_files))]
+    if changes["values"] and name.endswith(".json"):
+        all_files[name] = json.dumps(mutated(json.loads(all_files[name]), changes["values"])).encode()
+    elif changes["gone"]:
+        del all_files[name]
+    all_files = {
+        other: damaged(content, changes["bytes"]) if other == name else content for other, content in all_files.items()
+    }
+    return written(all_files)
+
+
+FILES = st.fixed_dictionaries(
+    {"which": PLACE, "bytes": BYTES, "values": st.just([]) | VALUES, "gone": st.sampled_from([False] * 9 + [True])}
+)
+
+# What reads them
+
+
+def parameters(changes: list[tuple[str, list[float], Any]]) -> str:
+    tree = mutated(json.loads(json.dumps(params())), changes)
+    return outcome(lambda: check(tree))
+
+
+def parameter_file(changes: list[tuple[str, float, bytes]]) -> str:
+    folder = scratch()
+    (folder / "params.yaml").write_bytes(damaged(OmegaConf.to_yaml(params()).encode(), changes))
+    try:
+        return outcome(lambda: load_params(("train",), folder / "params.yaml"))
+    finally:
+        shutil.rmtree(folder)
+
+
+def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) -> str:
+    which, extension, changes, size, channels = case
+    corpus = image_corpus()
+    folder = written({f"a.{extension}": damaged(corpus[int(which * len(corpus))], changes)})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = decode_file(str(next(folder.iterdir())), size, channels)
+    finally:
+        shutil.rmtree(folder)
+    if isinstance(result, str):
+        assert result.strip() and "\n" not in result and len(result) < 1000, result
+        return "told"
+    assert result.shape == (size, size, channels) and result.dtype == np.uint8
+    return "result"
+
+
+NAME = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=12).filter(
+    lambda name: name not in (".", "..") and len(name.encode(errors="surrogateescape")) < 200
+)
+
+
+def image_folders(case: dict[str, Any]) -> str:
+    folder = scratch()
+    corpus = image_corpus()
+    try:
+        for i, (parents, name, extension, which) in enumerate(case["files"]):
+            try:
+                path = folder.joinpath("data", *parents, f"{name}.{extension}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(corpus[int(which * len(corpus))] if i % 3 else corpus[-1 - i])
+            except (OSError, UnicodeEncodeError):  # a file where a folder is wanted, or no name for this file system
+                continue
+        dataset = Dataset(**params()["dataset"] | case["dataset"] | {"name": "folder", "path": str(folder / "data")})
+        return outcome(lambda: prepare(dataset, folder / "prepared", folder))
+    finally:
+        shutil.rmtree(folder)
+
+
+def models(changes: dict[str, Any]) -> str:
+    folder = named(model_files, changes)
+
+    def read() -> None:
+        unet, config = load_model(folder)
+        training_run(folder)
+        GaussianDiffusion(config)
+        size, channels = unet.config.sample_size, unet.config.in_channels
+        assert all(value.dtype == torch.float32 for value in unet.state_dict().values())
+        if size <= 64:
+            labels = torch.zeros(1, dtype=torch.int64) if unet.config.classes else None
+            unet(torch.zeros(1, channels, size, size), torch.zeros(1, dtype=torch.int64), labels)
+
+    try:
+        return outcome(read)
+    finally:
+        shutil.rmtree(folder)
+
+
+def prepared(changes: dict[str, Any]) -> str:
+    folder = named(prepared_files, changes)
+
+    def read() -> None:
+        info = load_info(folder)
+        assert len(info["sha256"]) and len(info["shape"]) == 3 and isinstance(info["classes"], list)
+        for split in ("train", "test"):
+            assert len(np.asarray(load_images(folder, split))) == len(load_labels(folder, split))
+
+    try:
+        return outcome(read)
+    finally:
+        shutil.rmtree(folder)
+
+
+def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
+    """A state is whole, or passed over; `sealed`: with a checksum that is right for the damage."""
+    changes, sealed, array = case
+    folder = scratch()
+    try:
+        with ResumeState(folder / "state") as state, redirect_stderr(io.StringIO()):
+            state.save({"step": 1, "model": {"w": torch.arange(6.0)}})
+            state.save({"step": 2, "model": {"w": torch.arange(6.0)}})
+            state.keep("part", lambda: np.arange(5))
+            path = folder / "state" / ("part.npy" if array else "state.pt")
+            content = path.read_bytes()
+            body = damaged(content[32:], changes) if sealed else b""
+            path.write_bytes(hashlib.sha256(body).digest() + body if sealed else damaged(content, changes))
+            if array:
+                kept = state.keep("part", lambda: np.arange(5))
+                assert isinstance(kept, np.ndarray)
+                return "result"
+            loaded = state.load()
+            assert loaded is not None  # the one before is whole
+            return "result" if loaded.get("step") == 2 else "told"
+    finally:
+        shutil.rmtree(folder)
+
+
+CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
+    "parameters": (VALUES, parameters),
+    "parameter_file": (BYTES, parameter_file),
+    "images": (
+        st.tuples(PLACE, st.sampled_from(EXTENSIONS), BYTES, st.sampled_from([4, 8, 33]), st.sampled_from([1, 3])),
+        images,
+    ),
+    "image_folders": (
+        st.fixed_dictionaries(
+            {
+                "files": st.lists(
+                    st.tuples(
+                        st.lists(NAME | st.sampled_from(["train", "test", "cat"]), max_size=2),
+                        NAME,
+                        st.sampled_from(EXTENSIONS[:-1]),
+                        PLACE,
+                    ),
+                    max_size=6,
+                ),
+                "dataset": st.fixed_dictionaries(
+                    {"on_broken": st.sampled_from(["stop", "skip"]), "subset": st.sampled_from([None, 1, 0.5])}
+                ),
+            }
+        ),
+        image_folders,
+    ),
+    "models": (FILES, models),
+    "prepared": (FILES, prepared),
+    "states": (st.tuples(BYTES, st.booleans(), st.booleans()), states),
+}
+
+
+def fuzz(name: str, examples: int, number: int | None = None) -> Counter[str]:
+    """Try so many inputs, and count how they ended. `number`: a seed; None for the same inputs each time."""
+    strategy, check_one = CHECKS[name]
+    counts: Counter[str] = Counter()
+
+    @settings(
+        max_examples=examples,
+        derandomize=number is None,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def one(value: Any) -> None:
+        counts[check_one(value)] += 1
+
+    (one if number is None else seed(number)(one))()
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=5000, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=list(CHECKS), default=list(CHECKS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{len(image_corpus())} images of {len(Image.SAVE)} formats to be damaged", flush=True)
+    for name in arguments.only:
+        start = time.monotonic()
+        # folders are slow: processes decode what is in them
+        counts = fuzz(name, max(1, arguments.examples // (50 if name == "image_folders" else 1)), arguments.seed)
+        print(
+            f"{name:15} {counts.total():7} inputs: {counts['result']:7} results, {counts['told']:7} told faults, "
+            f"{time.monotonic() - start:5.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
