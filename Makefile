@@ -3,8 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 REV ?=
 OUT ?= curves.png
+CLEAN ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow test-remote verify verify-cpu kills fuzz lint plots curves exps params lock
+.PHONY: help repro test test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -20,7 +21,7 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 	@echo && echo "Pictures to look at:" && ls -1 results/*/*.png results/train/pictures/*.png
 
 test: lint ## Lint, types, and the whole test suite with coverage
-	pytest -n 2 --cov --cov-report=term --cov-fail-under=90
+	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 test-slow: $(VENV)/.dev ## The tests that take longer
 	pytest -m slow
@@ -28,6 +29,9 @@ test-slow: $(VENV)/.dev ## The tests that take longer
 test-remote: $(VENV)/.remote ## Push to and pull from real SSH and S3 servers, started on this machine
 	@PATH="$$PATH:/usr/sbin"; command -v sshd >/dev/null || { echo "sshd is missing: apt-get install openssh-server"; exit 1; }
 	pytest -m remote
+
+bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (half an hour on 2 cores): benchmarks/results/
+	python -m benchmarks
 
 verify: $(VENV)/.dev ## Run the pipeline again in a scratch clone: does each stage give the committed bytes?
 	python -m tests.robustness.verify
@@ -54,10 +58,15 @@ plots: $(VENV)/.run ## Write the page of curves and pictures; REV="main other" c
 curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
 	dvc plots diff $(REV) --targets results/train/plots/metrics/loss.tsv --template curve_log --title "Training loss" \
 	    --x-label "training step" --y-label "mean squared error (log scale)" --show-vega | \
-	    python -c 'import sys, vl_convert; open("$(OUT)", "wb").write(vl_convert.vegalite_to_png(sys.stdin.read(), scale=1.5))'
+	    python -c 'import json, sys, vl_convert; look = {"legend": {"title": None, "orient": "top"}}; \
+	    spec = json.load(sys.stdin) | {"width": 560, "height": 300, "config": look}; \
+	    open("$(OUT)", "wb").write(vl_convert.vegalite_to_png(spec, scale=1.5))'
 
 exps: $(VENV)/.run ## Show the experiments: what was changed, how good the samples are, what failed
 	python tools/exps.py
+
+states: $(VENV)/.run ## Show what unfinished runs have kept to go on from; CLEAN=1 deletes it
+	python -m tools.states $(if $(CLEAN),--clean)
 
 params: $(VENV)/.run ## Compose params.yaml from conf/, as dvc exp run does
 	python -c 'from dvc.utils.hydra import compose_and_dump as c; c("params.yaml", "$(CURDIR)/conf", None, "config", "", [])'
@@ -78,6 +87,10 @@ $(VENV)/.run: requirements.txt
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.bench: benchmarks/requirements.txt $(VENV)/.dev
+	$(INSTALL) -r benchmarks/requirements.txt
 	@touch $@
 
 $(VENV)/.remote: requirements-remote.txt $(VENV)/.dev

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint import Keep, not_kept
+from ddpm.checkpoint import Keep, not_kept, slices
 from ddpm.data import as_tensor, told_labels
 from ddpm.diffusion import GaussianDiffusion, Variance
 from ddpm.images import to_model_range
@@ -102,9 +102,10 @@ def variational_bound(
                 bar.update(len(x0))
             return batch
 
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, min(start + batch_size, len(images)))
-            sums += keep(f"bound-{start}", partial(one_batch, rows))
+        batches = slices(len(images), batch_size)
+        kept = keep([(f"bound-{rows.start}", partial(one_batch, rows)) for rows in batches])
+        for rows, batch in zip(batches, kept, strict=True):
+            sums += batch
             bar.update(rows.stop * steps - bar.n)  # a batch that was kept
     terms, errors, prior = sums / len(images)
     return Bound(float(prior[0]), terms, errors)

@@ -4,6 +4,7 @@ A state belongs to one fingerprint of parameters, data, code and library version
 another run. Files are written whole or not at all, carry a checksum, and the one before is kept beside them.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -11,7 +12,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,15 +21,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpm import distributed
 from ddpm.runtime import lock
 
-# A part of a long loop by its name: what an interrupted run has kept of it, else computed now
-Keep = Callable[[str, Callable[[], np.ndarray]], np.ndarray]
+MOST = 10  # unfinished runs of a stage that are kept: the disk would fill with what nobody goes on with
+# The parts of a long loop by their names, to what an interrupted run has kept of them, else computes now, in order
+Parts = Sequence[tuple[str, Callable[[], np.ndarray]]]
+Keep = Callable[[Parts], Iterator[np.ndarray]]
 
 
-def not_kept(name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+def not_kept(parts: Parts) -> Iterator[np.ndarray]:
     """A `Keep` that keeps nothing."""
-    return compute()
+    return (compute() for _, compute in parts)
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """`count` rows in parts of at most `size`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def fingerprint(*facts: object) -> str:
@@ -48,10 +58,48 @@ def state_folder(parent: Path, stage: str, run: str) -> Path:
     return parent / f"{stage}-{hashlib.sha256(here.encode()).hexdigest()[:16]}"
 
 
-class ResumeState:
-    """The folder of one run's state, held by one process at a time.
+def states(parent: Path, stage: str = "*") -> list[Path]:
+    """The folders of all unfinished runs of a stage, the one that was saved last at the end."""
+    saved = {}
+    for folder in parent.glob(f"{stage}-*"):
+        with suppress(FileNotFoundError):  # complete by now
+            saved[folder] = folder.stat().st_mtime
+    return sorted(saved, key=lambda folder: saved[folder])
 
-    Use as a context manager.
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the state of an unfinished run."""
+    with suppress(FileNotFoundError), (folder / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def discard(folder: Path) -> bool:
+    """Delete the state of an unfinished run; False where a process holds it."""
+    with suppress(FileNotFoundError), (folder / "lock").open("a") as file:  # gone: complete by now
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        _delete(folder)
+    return True
+
+
+def _delete(folder: Path) -> None:
+    done = folder.with_suffix(".done")
+    if folder != done:
+        shutil.rmtree(done, ignore_errors=True)  # of a run that was killed here
+        folder.rename(done)  # at once: another process may be about to lock it
+    shutil.rmtree(done)
+
+
+class ResumeState:
+    """The folder of one run's state, held by one process at a time, or by several that work as one.
+
+    Use as a context manager. Of the stage's unfinished runs that no process holds, the oldest beyond `MOST` go.
 
     Raises:
         UserError: another process holds the folder and does not end.
@@ -62,6 +110,12 @@ class ResumeState:
         self._files = (folder / "state.pt", folder / "state.previous.pt")
 
     def __enter__(self) -> "ResumeState":
+        if distributed.rank() == 0:
+            self._hold()
+        distributed.anywhere(False)  # the others read what is there once the first holds it
+        return self
+
+    def _hold(self) -> None:
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -74,14 +128,22 @@ class ResumeState:
                 self._lock.close()
                 raise
             if os.fstat(self._lock.fileno()).st_nlink:
-                return self
+                break
             self._lock.close()  # removed while this process waited for it
+        stage = self.folder.name.rpartition("-")[0]
+        others = [folder for folder in states(self.folder.parent, stage) if folder != self.folder]
+        for folder in others[: max(0, len(others) + 1 - MOST)]:
+            if discard(folder):
+                print(f"{folder}: removed, the oldest of more than {MOST} unfinished runs", file=sys.stderr)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._lock.close()
+        if distributed.rank() == 0:
+            self._lock.close()
 
     def save(self, state: dict[str, Any]) -> None:
         """Write `state` (tensors, numbers, strings, containers) so that a crash leaves this or the one before."""
+        if distributed.rank():
+            return  # the first process writes the same
         buffer = io.BytesIO()  # torch.save into a file would put the file's name into the bytes
         torch.save(state, buffer)
         current, previous = self._files
@@ -100,7 +162,16 @@ class ResumeState:
                     print(f"{path}: damaged, passed over", file=sys.stderr)
         return None
 
-    def keep(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    def keep(self, parts: Parts) -> Iterator[np.ndarray]:
+        """A `Keep` that keeps each part in a file. Several processes share the work, and then each reads all parts."""
+        if distributed.size() > 1:
+            for name, compute in parts[distributed.rank() :: distributed.size()]:
+                self.kept(name, compute)
+            distributed.anywhere(False)  # all are done
+        for name, compute in parts:
+            yield self.kept(name, compute)
+
+    def kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The array that an interrupted run kept under this name; where there is none, computed now, and kept."""
         path = self.folder / f"{name}.npy"
         if (data := self._read(path)) is not None:
@@ -117,11 +188,16 @@ class ResumeState:
         """A temporary file, which has reached the disk, of the checksum and the content that `path` is to hold."""
         temporary = path.with_suffix(".tmp")
         self.folder.mkdir(parents=True, exist_ok=True)  # someone may have cleaned up under a running stage
-        with temporary.open("wb") as file:
-            file.write(hashlib.sha256(content).digest())
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("wb") as file:
+                file.write(hashlib.sha256(content).digest())
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            temporary.unlink(missing_ok=True)  # of the little that is left of the disk it holds nothing
+            error.filename = str(temporary)  # a failed write does not know its file
+            raise
         return temporary
 
     def _read(self, path: Path) -> io.BytesIO | None:
@@ -136,7 +212,6 @@ class ResumeState:
 
     def remove(self) -> None:
         """Delete the folder: the run is complete and its outputs are written."""
-        done = self.folder.with_suffix(".done")
-        shutil.rmtree(done, ignore_errors=True)  # of a run that was killed here
-        self.folder.rename(done)  # at once: another process may be about to lock it
-        shutil.rmtree(done)
+        distributed.anywhere(False)  # nobody reads it any more
+        if distributed.rank() == 0:
+            _delete(self.folder)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ddpm.errors import UserError
 from ddpm.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, near, shown, target_faults
@@ -22,6 +22,15 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _choice(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("should be auto, true or false")
+
+
+Choice = Annotated[Literal["auto"] | bool, BeforeValidator(_choice)]
 
 
 class Section(BaseModel):
@@ -36,6 +45,8 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"]
     reproducible: bool
     threads: Annotated[int, Field(ge=1, le=1024)] | None
+    launcher: Literal["none", "torchrun"]
+    processes: Annotated[int, Field(ge=1, le=1024)] | None
 
     @field_validator("threads")
     @classmethod
@@ -122,13 +133,17 @@ class Train(Section):
     epochs: Count | None
     steps: Count | None
     batch_size: Count
+    accumulation: Count
     workers: Annotated[int, Field(ge=0, le=256)]
     warmup_steps: Annotated[int, Field(ge=0)]
     grad_clip: Annotated[float, Field(gt=0)] | None
     ema_decay: Probability
     flip: bool
     transforms: list[dict[str, Any]]
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]
+    channels_last: Choice
+    compile: Choice
+    activation_checkpointing: bool
     weighting: Literal["simple", "min_snr"]
     label_dropout: Probability
     log_every: Count
@@ -265,6 +280,13 @@ def _misfits(params: Params) -> list[str]:
             f"model.attention = {shown(model.attention)}: must have one true or false for each of the "
             f"{len(model.channel_multipliers)} levels of model.channel_multipliers"
         )
+    if params.train.batch_size % params.train.accumulation:
+        faults.append(
+            f"train.accumulation = {params.train.accumulation}: must divide train.batch_size = "
+            f"{params.train.batch_size}"
+        )
+    if params.runtime.launcher == "none" and params.runtime.processes is not None:
+        faults.append(f"runtime.processes = {params.runtime.processes}: needs runtime.launcher = 'torchrun'")
     if params.sample.steps > params.diffusion.timesteps:
         faults.append(
             f"sample.steps = {params.sample.steps}: must be at most diffusion.timesteps = {params.diffusion.timesteps}"

@@ -1,5 +1,6 @@
 """Prepared images as batches. Arrays are memory-mapped, so a data set may be larger than memory."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ddpm import distributed
 from ddpm.errors import UserError
 from ddpm.seeding import derive, generator
 from ddpm.targets import TRANSFORM, build
@@ -89,6 +91,36 @@ def load_labels(folder: str | Path, split: str) -> np.ndarray:
     return labels
 
 
+def watch(folder: str | Path) -> Callable[[], bool]:
+    """Read all prepared data once; what is returned tells whether it was changed since.
+
+    Raises:
+        UserError: the data is not what dataset.json tells of.
+    """
+
+    def content() -> str:
+        digest = hashlib.sha256()
+        for split in load_info(folder)["counts"]:
+            digest.update(np.ascontiguousarray(load_images(folder, split)).data)
+            digest.update(np.ascontiguousarray(load_labels(folder, split)).data)
+        return digest.hexdigest()
+
+    def stamps() -> list[tuple[Path, int, int]]:
+        return [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*"))]
+
+    told, before = load_info(folder)["sha256"], stamps()
+    if content() != told:
+        raise UserError(f"{folder}: is not what its dataset.json tells of; run the stage prepare_data again")
+
+    def changed() -> bool:
+        try:
+            return stamps() != before and content() != told
+        except (UserError, OSError):
+            return True
+
+    return changed
+
+
 def as_tensor(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, C) as stored, possibly memory-mapped, to a uint8 tensor (B, C, H, W)."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants memory that may be written
@@ -102,7 +134,7 @@ def told_labels(
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Maps (epoch, index in the epoch, rows) to a batch of transformed images and its labels."""
+    """Maps (epoch, rows) to a batch of transformed images and its labels."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transforms: list[dict[str, Any]], seed: int) -> None:
         self.images = images
@@ -113,19 +145,20 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
         except ValueError as error:
             raise UserError(f"train.transforms: {error}") from None
 
-    def __getitem__(self, batch: tuple[int, int, np.ndarray]) -> tuple[Tensor, Tensor]:
-        epoch, index, rows = batch
+    def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
+        epoch, rows = batch
         order = np.argsort(rows)  # read in the order of the file
         images = as_tensor(self.images[rows[order]])[torch.from_numpy(np.argsort(order))]
         labels = torch.from_numpy(self.labels[rows])
         if not self.transforms:
             return images, labels
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.seed, "augment", epoch, index))
-            return torch.stack([self._transformed(image) for image in images]), labels
+            transformed = [self._transformed(image, epoch, int(row)) for image, row in zip(images, rows, strict=True)]
+        return torch.stack(transformed), labels
 
-    def _transformed(self, image: Tensor) -> Tensor:
+    def _transformed(self, image: Tensor, epoch: int, row: int) -> Tensor:
         shape = image.shape
+        torch.manual_seed(derive(self.seed, "augment", epoch, row))
         for transform in self.transforms:
             image = transform(image)
         if not isinstance(image, Tensor) or image.shape != shape:
@@ -135,13 +168,13 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _Order:
-    """The batches of all epochs from one step on: the order of an epoch follows from (seed, epoch)."""
+    """This process's share of all batches from one step on: the order of an epoch follows from (seed, epoch)."""
 
     def __init__(self, count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.steps = range(first_step, last_step)
 
-    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         per_epoch = self.count // self.batch_size
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in self.steps:
@@ -149,7 +182,7 @@ class _Order:
                 epoch = step // per_epoch
                 order = generator(self.seed, "shuffle", epoch).permutation(self.count)
             start = step % per_epoch * self.batch_size
-            yield epoch, step % per_epoch, order[start : start + self.batch_size]
+            yield epoch, order[start : start + self.batch_size][distributed.share(self.batch_size)]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -168,8 +201,9 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The training batches of the steps asked for: the same for a step whatever came before it.
 
-    An epoch is a permutation of the images, less the rest that fills no batch. Random transforms draw anew
-    for every image, from (seed, epoch, batch), so the number of workers changes nothing.
+    An epoch is a permutation of the images, less the rest that fills no batch. Random transforms draw anew for every
+    image, from (seed, epoch, image), so the numbers of workers and of processes change nothing. Where there are
+    several processes, each gets its share of every batch.
 
     Returns:
         An iterator of images, uint8 (B, C, H, W), or float32 in [-1, 1] where the transforms end in floats, and

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ddpm.config import Dataset
 from ddpm.decode import EXTENSIONS, Pixels, decode_file, digest_file, image_files, in_parallel, to_pixels
-from ddpm.errors import UserError
+from ddpm.errors import UserError, legible
 
 TORCHVISION_CLASSES = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 IMAGES_A_CHUNK = 64
@@ -78,7 +78,7 @@ def prepare(dataset: Dataset, out: Path, downloads: Path) -> dict[str, Any]:
             (new / name).mkdir()
             with closing(_converted(images, source.folder, dataset.image_size, dataset.channels, name)) as chunks:
                 faults = _write_images(new / name / "images.npy", chunks, shape, content)
-            broken += [f"{images[i]}: {reason}" for i, reason in faults.items()]
+            broken += [f"{legible(images[i])}: {reason}" for i, reason in faults.items()]
             labels = np.delete(labels, list(faults)).astype("<i8")
             buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
             np.save(buffer, labels)
@@ -179,7 +179,7 @@ def _torchvision(name: str, downloads: Path) -> Source:
 
 def _folder(folder: Path, test_fraction: float) -> Source:
     """A person's own images; their sub-folders, if any, are the classes."""
-    here = f"dataset.path = {folder}"
+    here = f"dataset.path = {legible(folder)}"
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "there is no such folder"
         raise UserError(f"{here}: {what}; make it and put images there, or set dataset.path to the folder with yours")
@@ -213,7 +213,7 @@ def _folder(folder: Path, test_fraction: float) -> Source:
     if loose and names:
         inside = next(file for file in kept if class_of(file))
         raise UserError(
-            f"{here}: holds images in class sub-folders ({inside}) and beside them ({loose[0]}); "
+            f"{here}: holds images in class sub-folders ({legible(inside)}) and beside them ({legible(loose[0])}); "
             f"move all into sub-folders, or none"
         )
     label = {name: k for k, name in enumerate(names)} | {None: 0}

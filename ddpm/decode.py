@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddpm.errors import UserError
+from ddpm.errors import UserError, legible
 from ddpm.progress import Progress
 
 Pixels = npt.NDArray[np.uint8]
@@ -54,7 +54,9 @@ def image_files(folder: Path) -> tuple[list[str], int]:
                 continue
             if entry.is_symlink() and (is_image or is_folder):
                 if not Path(os.path.realpath(path)).is_relative_to(real):
-                    raise UserError(f"{path}: is a link that leads out of {folder}; put the images themselves there")
+                    raise UserError(
+                        f"{legible(path)}: is a link that leads out of {folder}; put the images themselves there"
+                    )
                 is_folder = False
             if is_folder:
                 pending.append(path)
@@ -132,7 +134,7 @@ def _read(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{legible(path)}: {error.strerror or error}") from None
 
 
 def in_parallel(

@@ -21,7 +21,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from ddpm.checkpoint import Keep, not_kept
+from ddpm.checkpoint import Keep, not_kept, slices
 from ddpm.data import as_tensor, told_labels
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.errors import UserError
@@ -87,7 +87,6 @@ def extract_features(
             f"params.yaml: evaluate.inception_weights = {weights!r}: {' '.join(str(error).split())[:200]}; give the "
             f"file weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases, or use evaluate=pixels"
         ) from None
-    out = []
     with Progress(len(images), f"{features} features", "img") as bar, torch.no_grad():
 
         def one_batch(rows: slice) -> np.ndarray:
@@ -96,11 +95,13 @@ def extract_features(
                 batch = batch.expand(-1, 3, -1, -1)
             return extractor(batch)[0].cpu().numpy()
 
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, min(start + batch_size, len(images)))
-            compute = partial(one_batch, rows)
-            out.append(compute() if features == "pixels" else keep(f"features-{name}-{start}", compute))
-            bar.update(rows.stop - rows.start)
+        parts = [
+            (f"features-{name}-{rows.start}", partial(one_batch, rows)) for rows in slices(len(images), batch_size)
+        ]
+        out = []
+        for batch in (not_kept if features == "pixels" else keep)(parts):
+            out.append(batch)
+            bar.update(len(batch))
     return torch.from_numpy(np.concatenate(out))
 
 
@@ -241,8 +242,9 @@ def held_out_loss(
                 bar.update(len(x0))
             return sums
 
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, min(start + batch_size, len(images)))
-            totals += keep(f"held-out-{start}", partial(one_batch, rows))
+        batches = slices(len(images), batch_size)
+        kept = keep([(f"held-out-{rows.start}", partial(one_batch, rows)) for rows in batches])
+        for rows, sums in zip(batches, kept, strict=True):
+            totals += sums
             bar.update(rows.stop * bins - bar.n)  # a batch that was kept
     return [float(value) for value in totals / len(images)]

@@ -3,18 +3,20 @@
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ddpm.config import load_params
+import psutil
+
 from ddpm.errors import UserError
 
 # Kernels that every x86-64 processor since 2013 has, so that each computes the same bits. Read when the
@@ -34,6 +36,7 @@ REPRODUCIBLE_ENVIRONMENT = {
 # slow each other down 4 times instead of 2.8; alone, 1,000 costs about 4 %. No effect on the bytes.
 SPINS = "1000"
 PR_SET_PDEATHSIG = 1
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # set where torchrun has started the process
 PATIENCE = 60.0  # seconds to wait for a process that was told to stop and still saves
 
 
@@ -64,12 +67,21 @@ def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
         signal.signal(signum, _interrupt)
     try:
         _die_with_parent()
+        from ddpm.config import load_params  # takes its time to load: signals have to be told in one line by now
+
         params = load_params(sections)
         if hasattr(params, "runtime") and params.runtime.reproducible:
             os.environ.update(REPRODUCIBLE_ENVIRONMENT)
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-        with _alone_here():
-            main(params)
+        several = hasattr(params, "runtime") and params.runtime.launcher == "torchrun"
+        if several and LAUNCHED in os.environ:
+            with _one_of_several():
+                main(params)
+        elif several and "PET_NNODES" in os.environ and "DVC_STAGE" not in os.environ:
+            _run_several(params.runtime)  # on a further machine: dvc, and the lock of the folder, are on the first
+        else:
+            with _alone_here():
+                _run_several(params.runtime) if several else main(params)
     except Interrupted as stop:
         print(f"stopped by {signal.Signals(stop.signum).name}; run it again to go on", file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -153,6 +165,56 @@ def _alone_here() -> Iterator[None]:
         os.close(folder)
 
 
+def _run_several(runtime: Any) -> None:
+    """Run the stage in several processes by torchrun, and end with the exit code of the one that ended first.
+
+    A process that dies takes the others with it. Several machines find each other by torchrun's own variables, PET_*.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what went wrong is told below, in one line
+    count = runtime.processes or max(1, torch.cuda.device_count())
+    threads = runtime.threads or max(1, (os.cpu_count() or 1) // count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    stage = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+    here = [] if "PET_NNODES" in os.environ else ["--standalone"]
+    try:
+        run(parse_args([*here, f"--nproc-per-node={count}", "--max-restarts=0", "--module", stage]))
+    except SignalException as stop:
+        raise Interrupted(stop.sigval) from None
+    except ChildFailedError as fault:
+        codes = {rank: failure.exitcode for rank, failure in fault.failures.items()}
+        for rank, code in codes.items():
+            if code < 0:
+                raise UserError(
+                    f"process {rank} of the run was ended by {signal.Signals(-code).name}; run it again to go on"
+                ) from None
+        sys.exit(fault.get_first_failure()[1].exitcode)
+
+
+@contextmanager
+def _one_of_several() -> Iterator[None]:
+    """The first process talks for all, faults apart; a lost connection is told in one line."""
+    silent = os.environ["RANK"] != "0"
+    if silent:
+        os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if silent else nullcontext():
+            yield
+    except RuntimeError as error:  # gloo has no class of its own
+        if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
+            raise
+        raise UserError(f"process {os.environ['RANK']}: another process of the run has ended") from None
+
+
+def seconds_since_start() -> float:
+    """How long ago this process began."""
+    return time.time() - psutil.Process().create_time()
+
+
 def _die_with_parent() -> None:
     """Stop by SIGTERM when dvc dies, so that no orphan writes beside its successor."""
     parent = os.getppid()
@@ -164,7 +226,8 @@ def _die_with_parent() -> None:
             _watch(lambda: _parent(parent) == worker)
     else:
         _watch(lambda: os.getppid() == parent)
-    if os.getppid() != parent or ("DVC_STAGE" in os.environ and not all(map(_in_our_group, above))):
+    in_group = "DVC_STAGE" in os.environ and LAUNCHED not in os.environ  # a launcher gives each process its own
+    if os.getppid() != parent or (in_group and not all(map(_in_our_group, above))):
         raise Interrupted(signal.SIGTERM)  # it had died before
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.checkpoint import Keep, not_kept
+from ddpm.checkpoint import Keep, not_kept, slices
 from ddpm.config import Sample
 from ddpm.diffusion import GaussianDiffusion, Variance
 from ddpm.errors import UserError
@@ -276,9 +276,10 @@ def draw(
                 bar.update(len(indices))
             return to_pixels(x)
 
-        for start in range(0, count, params.batch_size):
-            indices = range(start, min(start + params.batch_size, count))
-            name = f"{params.sampler}-{params.variance}-{len(path)}-steps-seed-{seed}-images-{start}-{indices.stop}"
-            images[start : indices.stop] = keep(name, partial(one_batch, indices))
-            bar.update(indices.stop * len(path) - bar.n)  # a batch that was kept
+        name = f"{params.sampler}-{params.variance}-{len(path)}-steps-seed-{seed}-images"
+        batches = [range(rows.start, rows.stop) for rows in slices(count, params.batch_size)]
+        kept = keep([(f"{name}-{batch.start}-{batch.stop}", partial(one_batch, batch)) for batch in batches])
+        for batch, drawn in zip(batches, kept, strict=True):
+            images[batch.start : batch.stop] = drawn
+            bar.update(batch.stop * len(path) - bar.n)  # a batch that was kept
     return images

@@ -17,7 +17,7 @@ from dvclive import Live
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ddpm import pictures
+from ddpm import distributed, pictures
 from ddpm.config import Tracking
 from ddpm.runtime import root
 
@@ -36,8 +36,9 @@ class Tracker:
 
     def __init__(self, folder: str | None, tracking: Tracking, config: dict[str, Any], run_id: str, stage: str) -> None:
         self.stage = stage
-        self.live = Live(folder, dvcyaml=False, save_dvc_exp=False, report=None) if folder else None
-        self.run = _start_wandb(tracking, config, run_id, stage)
+        self._records = distributed.rank() == 0  # one process for all
+        self.live = Live(folder, dvcyaml=False, save_dvc_exp=False, report=None) if folder and self._records else None
+        self.run = _start_wandb(tracking, config, run_id, stage) if self._records else None
 
     def __enter__(self) -> "Tracker":
         return self
@@ -56,7 +57,7 @@ class Tracker:
 
     def log_picture(self, step: int, name: str, picture: Image.Image, folder: Path | None = None) -> None:
         """Record a picture; `folder` also keeps it as <name>.png."""
-        if folder:
+        if folder and self._records:
             pictures.save(picture, folder / f"{name}.png")
         key = f"{self.stage}/{name.split('_')[0]}"
         self._wandb(lambda run: run.log({key: wandb.Image(picture, caption=name), f"{self.stage}/step": step}))
@@ -117,6 +118,7 @@ def _warn(text: str) -> None:
 
 def _init(mode: Any, project: str, config: dict[str, Any], run_id: str, stage: str) -> Any:
     (root() / "wandb").mkdir(exist_ok=True)
+    patience = 20 if mode == "online" else 90  # seconds: for a server, or for W&B's own service on a busy machine
     run = wandb.init(
         project=project,
         id=run_id,
@@ -127,7 +129,7 @@ def _init(mode: Any, project: str, config: dict[str, Any], run_id: str, stage: s
         dir=str(root()),
         config=config,
         settings=wandb.Settings(
-            silent=True, console="off", disable_code=True, disable_git=True, save_code=False, init_timeout=20
+            silent=True, console="off", disable_code=True, disable_git=True, save_code=False, init_timeout=patience
         ),
     )
     run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")

@@ -1,7 +1,10 @@
 """The training loop: optimizer, learning-rate schedule, EMA, resume."""
 
+import copy
 import inspect
+import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,41 +12,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from ddpm import samplers
+from ddpm import distributed, samplers
 from ddpm.checkpoint import ResumeState
-from ddpm.config import Instance, Train
+from ddpm.config import Instance, Runtime, Train
 from ddpm.data import batches
+from ddpm.device import Kernels, choose_kernels, memory_faults, peak_memory
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.images import to_model_range, to_pixels
 from ddpm.pictures import grid
 from ddpm.pipeline_io import load_weights
 from ddpm.progress import Progress
-from ddpm.runtime import Interrupted, signals_deferred
+from ddpm.runtime import Interrupted, seconds_since_start, signals_deferred
 from ddpm.seeding import derive
 from ddpm.targets import LR_SCHEDULER, OPTIMIZER, build
 from ddpm.tracking import Tracker
-from ddpm.unet import UNet, initialise
+from ddpm.unet import ResnetBlock, UNet, initialise
 
 SHOWN = 36  # images in each grid of a training
 PREVIEW_STEPS = 50  # DDIM steps of a preview
 LENGTHS = ("T_max", "total_iters", "total_steps")  # how the schedulers of torch call the number of steps
+MEMORY_ADVICE = (
+    "raise train.accumulation (the same result in smaller parts), set train.activation_checkpointing=true or "
+    "train.precision=bf16, or lower train.batch_size or model.base_channels"
+)
 
 
 class EMA:
     """The exponential moving average of the weights, which is what is sampled from and saved.
 
-    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten.
+    The decay warms up as min(decay, (1 + step) / (10 + step)), a common choice (TensorFlow's moving averages have it),
+    so that the initial weights are soon forgotten.
     """
 
     def __init__(self, model: UNet, decay: float) -> None:
         self.decay = decay
-        self.model = UNet(model.config).to(next(model.parameters()).device).eval().requires_grad_(False)
-        self.model.load_state_dict(model.state_dict())
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._average: list[Tensor] = list(self.model.parameters())
         self._live: list[Tensor] = list(model.parameters())
 
@@ -94,6 +103,7 @@ def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.
 class Job:
     """What a training works with; `folder` receives the grids."""
 
+    runtime: Runtime
     train: Train
     optimizer: Instance
     lr_schedule: Instance | None
@@ -112,8 +122,8 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         labels: int64 (N,), used where the network is class-conditional.
 
     Raises:
-        UserError: fewer images than a batch, a folder to start from that does not fit, a refused setting, or a loss
-            that is no longer finite.
+        UserError: fewer images than a batch, a batch that does not divide among the processes, a folder to start from
+            that does not fit, a refused setting, no memory left, or a loss that is no longer finite.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     p, device = job.train, job.device
@@ -122,13 +132,22 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
             f"params.yaml: train.batch_size = {p.batch_size}: there are only {len(images)} training images; "
             f"use at most that many"
         )
+    if p.batch_size % (distributed.size() * p.accumulation):
+        raise UserError(
+            f"params.yaml: train.batch_size = {p.batch_size}: must be a multiple of {distributed.size()} processes x "
+            f"train.accumulation = {p.accumulation}"
+        )
     per_epoch = len(images) // p.batch_size
     total = p.steps if p.steps is not None else per_epoch * (p.epochs or 0)
     if p.init_from is None:
         initialise(model, torch.Generator().manual_seed(derive(p.seed, "init")))
     else:
         model.load_state_dict(load_weights(p.init_from, model.config, job.diffusion.config.prediction))
-    model.to(device).train()
+    kernels = choose_kernels(p, job.runtime, device, total)
+    model.to(device).to(memory_format=kernels.memory_format).train()
+    for module in model.modules():
+        if isinstance(module, ResnetBlock):
+            module.recompute = p.activation_checkpointing
     ema = EMA(model, p.ema_decay)
     try:
         optimizer: Optimizer = build(job.optimizer.model_dump(by_alias=True), OPTIMIZER, model.parameters())
@@ -147,7 +166,13 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         print(f"resuming at step {start} of {total}", flush=True)
     for step, metrics in history:
         job.tracker.log(step, metrics)
-    _show_inputs(model, images, labels, job)
+    if distributed.rank() == 0:
+        _show_inputs(model, images, labels, job)
+    network: nn.Module = model
+    if distributed.size() > 1:
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if kernels.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
 
     def save(step: int) -> float:
         """Save the state, and return how many seconds that took."""
@@ -167,67 +192,107 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         pin_memory=device.type == "cuda",
     )
     bar = Progress(total * p.batch_size, "train", "img", start * p.batch_size)
-    with signals_deferred() as signals, bar:
-        saved_at = told_at = time.monotonic()
+    with signals_deferred() as signals, memory_faults(MEMORY_ADVICE), bar:
+        began = saved_at = told_at = time.monotonic()
         cost = 0.0  # of the last save, in seconds
+        busy = 0.0  # seconds inside forward, backward and step
         for step, (batch, classes) in enumerate(steps, start):
-            loss, norm = _step(model, optimizer, batch, classes, step, job)
+            before = time.monotonic()
+            loss, norm = _step(model, network, optimizer, batch, classes, step, job, kernels)
             window.add(loss, norm)
             ema.update(step)
             rate = optimizer.param_groups[0]["lr"]
             schedule.step()
             done = step + 1
+            busy += time.monotonic() - before
+            if step == start:
+                print(f"first step after {seconds_since_start():.1f} s", flush=True)
             if done % p.log_every == 0 or done == total:
                 metrics = window.take(step) | {"learning_rate": rate}
                 history.append((done, metrics))
                 now = time.monotonic()
-                job.tracker.log(done, metrics, _speed(p.log_every * p.batch_size, now - told_at))
+                job.tracker.log(done, metrics, _speed(p.log_every * p.batch_size, now - told_at, device))
                 told_at = now
                 bar.set_postfix(step=done, loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update(p.batch_size)
-            if done % per_epoch == 0 and p.sample_every and done // per_epoch % p.sample_every == 0:
+            epoch, within = divmod(done, per_epoch)
+            if within == 0 and p.sample_every and epoch % p.sample_every == 0 and distributed.rank() == 0:
                 pixels = to_pixels(preview(ema.model, job.diffusion, p.seed, device))
-                job.tracker.log_picture(done, f"samples_epoch_{done // per_epoch:05d}", grid(pixels), job.folder)
+                job.tracker.log_picture(done, f"samples_epoch_{epoch:05d}", grid(pixels), job.folder)
             # at the end of an epoch too, unless epochs are so short that saving would take over 1 % of the time
-            wait = min(p.save_every, 100 * cost) if done % per_epoch == 0 else p.save_every
-            if signals or time.monotonic() - saved_at > wait:
+            wait = min(p.save_every, 100 * cost) if within == 0 else p.save_every
+            late = time.monotonic() - saved_at > wait and distributed.rank() == 0
+            if distributed.anywhere(late or bool(signals)):
                 cost = save(done)
                 saved_at = time.monotonic()
-            if signals:
-                raise Interrupted(signals[0])
+                if distributed.anywhere(bool(signals)):
+                    raise Interrupted(signals[0] if signals else signal.SIGTERM)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # what was asked for is now done
+        wall = time.monotonic() - began
+    print(
+        f"{bar.n:,} images in {wall:.0f} s, {busy / wall:.1%} in forward, backward and step; "
+        f"peak memory {peak_memory(device):.2f} GiB",
+        flush=True,
+    )
     return ema.model
 
 
 def _step(
-    model: UNet, optimizer: Optimizer, batch: Tensor, classes: Tensor, step: int, job: Job
+    model: UNet,
+    network: nn.Module,
+    optimizer: Optimizer,
+    batch: Tensor,
+    classes: Tensor,
+    step: int,
+    job: Job,
+    kernels: Kernels,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns the loss and the gradient's norm before clipping, both still on the device."""
-    p = job.train
-    batch = batch.to(job.device, non_blocking=True)
+    """One optimizer step; returns the loss and the gradient's norm before clipping, both still on the device.
+
+    Args:
+        network: the model, as it is called: compiled, or with gradients that are averaged over processes.
+        batch: this process's share of the step's images, uint8 or float (b, C, H, W); classes: int64 (b,).
+    """
+    p, device = job.train, job.device
+    batch = batch.to(device, non_blocking=True)
     x0 = batch if batch.is_floating_point() else to_model_range(batch)
-    torch.manual_seed(derive(p.seed, "step", step))  # flips, timesteps, noise, hidden labels and dropout of this step
+    # flips, timesteps, noise and hidden labels are drawn for the whole batch: a process takes its share
+    mine = distributed.share(p.batch_size)
+    torch.manual_seed(derive(p.seed, "step", step))
     if p.flip:
-        x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=job.device) < 0.5, x0.flip(3), x0)
-    t = torch.randint(0, job.diffusion.timesteps, (len(x0),), device=job.device)
-    noise = torch.randn_like(x0)
+        x0 = torch.where(torch.rand(p.batch_size, 1, 1, 1, device=device)[mine] < 0.5, x0.flip(3), x0)
+    t = torch.randint(0, job.diffusion.timesteps, (p.batch_size,), device=device)[mine]
+    noise = torch.randn((p.batch_size, *x0.shape[1:]), device=device)[mine]
     labels = None
     if model.config.classes:
-        labels = classes.to(job.device, non_blocking=True)
+        labels = classes.to(device, non_blocking=True)
         if model.config.no_label is not None:  # so that guidance is possible (Ho & Salimans 2022, algorithm 1)
-            hidden = torch.rand(len(x0), device=job.device) < p.label_dropout
+            hidden = torch.rand(p.batch_size, device=device)[mine] < p.label_dropout
             labels = labels.masked_fill(hidden, model.config.no_label)
-    with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=p.precision == "bf16"):
-        loss = job.diffusion.losses(partial(model, labels=labels), x0, t, noise, p.weighting).mean()
+    if distributed.size() > 1:
+        torch.manual_seed(derive(p.seed, "step", step, distributed.rank()))  # dropout
+    x0 = x0.contiguous(memory_format=kernels.memory_format)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    total = torch.zeros((), device=device)
+    for part in range(p.accumulation):
+        rows = slice(part, None, p.accumulation)
+        given = partial(network, labels=None if labels is None else labels[rows])
+        last = part == p.accumulation - 1
+        # processes exchange gradients once a step
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=kernels.precision == "bf16"):
+                losses = job.diffusion.losses(given, x0[rows], t[rows], noise[rows], p.weighting)
+            loss = losses.mean() / p.accumulation
+            loss.backward()
+        total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), p.grad_clip or float("inf"))
     optimizer.step()
-    return loss.detach(), norm.detach()
+    return total, norm.detach()
 
 
-def _speed(images: int, seconds: float) -> dict[str, float]:
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {"images_per_second": images / seconds, "gpu_memory_gib": memory}
+def _speed(images: int, seconds: float, device: torch.device) -> dict[str, float]:
+    return {"images_per_second": images / seconds, "peak_memory_gib": peak_memory(device)}
 
 
 def _show_inputs(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job) -> None:
@@ -263,7 +328,7 @@ class _Window:
         Raises:
             UserError: one of them is not finite.
         """
-        values = self._values[: self._count].cpu()
+        values = distributed.mean(self._values[: self._count].to("cpu", copy=True))
         finite = values.isfinite().all(dim=1)
         if not finite.all():
             first = int((~finite).nonzero()[0])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpm.config import Model
 from ddpm.errors import UserError
@@ -130,7 +131,7 @@ def unet_config(
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
-    """Sinusoidal embedding: t (B,) to float32 (B, dim).
+    """Sinusoidal embedding (Vaswani et al. 2017, section 3.5): t (B,) to float32 (B, dim).
 
     As in the paper's code unless told otherwise: sines before cosines, and frequencies from 1 to 1/10000 inclusive,
     since the divisor is half - 1. The last column of an odd dim is zero.
@@ -155,7 +156,12 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, conv, twice; the time embedding is added between the two."""
+    """GroupNorm, SiLU, conv, twice; the time embedding is added between the two.
+
+    `recompute`: keep only the input for the backward pass, which then computes the rest anew (Chen et al. 2016).
+    """
+
+    recompute = False
 
     def __init__(self, c_in: int, c_out: int, time_channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -168,6 +174,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, silu_temb: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, silu_temb, use_reentrant=False)  # with the same dropout
+        return self._forward(x, silu_temb)
+
+    def _forward(self, x: Tensor, silu_temb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(silu_temb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
@@ -175,7 +186,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, with a residual connection."""
+    """Self-attention over all positions (Vaswani et al. 2017, eq. 1), with a residual connection."""
 
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ddpm.errors import UserError
 from ddpm.runtime import root, run_stage
 
 SECTIONS = ("runtime", "sample", "evaluate", "tracking")
@@ -17,9 +18,10 @@ RESULTS = Path("results/evaluate")
 
 def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
+    from ddpm import distributed
     from ddpm.checkpoint import ResumeState, fingerprint, state_folder
-    from ddpm.data import load_array, load_images, load_info, load_labels
-    from ddpm.device import choose_device
+    from ddpm.data import load_array, load_images, load_info, load_labels, watch
+    from ddpm.device import choose_device, memory_faults, memory_format
     from ddpm.diffusion import GaussianDiffusion
     from ddpm.evaluation import Split, evaluate
     from ddpm.pipeline_io import load_model, training_run, weights_sha256
@@ -27,19 +29,21 @@ def main(params: Any) -> None:
     from ddpm.tracking import Tracker
 
     samples, info = load_array(SAMPLES, "sample", "uint8", 4), load_info(DATA)
+    changed = watch(DATA)
     train, test = (Split(load_images(DATA, split), load_labels(DATA, split)) for split in ("train", "test"))
     unet, diffusion = load_model(MODEL)
     config = {name: section.model_dump() for name, section in vars(params).items()}
     run = fingerprint(config, weights_sha256(MODEL), info["sha256"], hashlib.sha256(samples.data).hexdigest())
     device = choose_device(params.runtime)
     with (
+        memory_faults("lower evaluate.batch_size or sample.batch_size"),
         ResumeState(state_folder(root() / ".state", "evaluate", run)) as state,
         Tracker(None, params.tracking, config, training_run(MODEL), "evaluate") as tracker,
     ):
         done = evaluate(
             params.evaluate,
             params.sample,
-            unet.to(device),
+            unet.to(device).to(memory_format=memory_format(params.runtime, device)),
             GaussianDiffusion(diffusion, device),
             samples,
             train,
@@ -48,10 +52,14 @@ def main(params: Any) -> None:
             device,
             state.keep,
         )
-        for name, rows in done.plots.items():
-            write_json(RESULTS / f"{name}.json", rows)
-        write_json(RESULTS / "metrics.json", done.values)
-        (RESULTS / "card.md").write_text(done.card, encoding="utf-8")
+        if distributed.anywhere(changed()):
+            state.remove()
+            raise UserError(f"{DATA}: was changed while the stage ran; nothing of it is kept; run it again")
+        if distributed.rank() == 0:
+            for name, rows in done.plots.items():
+                write_json(RESULTS / f"{name}.json", rows)
+            write_json(RESULTS / "metrics.json", done.values)
+            (RESULTS / "card.md").write_text(done.card, encoding="utf-8")
         tracker.log_picture(0, "neighbours", done.neighbours, RESULTS)
         tracker.log(0, rounded(done.values))
         state.remove()

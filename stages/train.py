@@ -13,8 +13,9 @@ DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results
 
 def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
+    from ddpm import distributed
     from ddpm.checkpoint import ResumeState, fingerprint, state_folder
-    from ddpm.data import load_images, load_info, load_labels
+    from ddpm.data import load_images, load_info, load_labels, watch
     from ddpm.device import choose_device
     from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
     from ddpm.pipeline_io import save_model, weights_sha256
@@ -25,7 +26,7 @@ def main(params: Any) -> None:
     init = params.train.init_from
     if init is not None and Path(init).resolve() == MODEL.resolve():
         raise UserError(f"params.yaml: train.init_from = {init}: is removed before each training; start from a copy")
-    data = load_info(DATA)
+    data, changed = load_info(DATA), watch(DATA)
     images, labels = load_images(DATA, "train"), load_labels(DATA, "train")
     config = {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
     start = {} if init is None else {"init_from": weights_sha256(init)}
@@ -42,6 +43,7 @@ def main(params: Any) -> None:
     ):
         pictures = state.folder / "pictures"  # kept with the state: DVC empties results/ when a run is taken up again
         job = Job(
+            runtime=params.runtime,
             train=params.train,
             optimizer=params.optimizer,
             lr_schedule=params.lr_schedule,
@@ -51,9 +53,13 @@ def main(params: Any) -> None:
             folder=pictures,
         )
         averaged = train(model, images, labels, job, state)
+        if distributed.anywhere(changed()):
+            state.remove()
+            raise UserError(f"{DATA}: was changed while the training ran; nothing of it is kept; run it again")
         tracker.finish()
-        shutil.copytree(pictures, RESULTS / "pictures", dirs_exist_ok=True)
-        save_model(MODEL, averaged, diffusion, provenance={"run": run, "data": data, "params": config} | start)
+        if distributed.rank() == 0:
+            shutil.copytree(pictures, RESULTS / "pictures", dirs_exist_ok=True)
+            save_model(MODEL, averaged, diffusion, provenance={"run": run, "data": data, "params": config} | start)
         state.remove()
 
 

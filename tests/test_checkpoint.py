@@ -1,7 +1,9 @@
+import fcntl
 import hashlib
 import importlib.util
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from ddpm import checkpoint, errors, runtime
-from ddpm.checkpoint import ResumeState, fingerprint, not_kept, state_folder
+from ddpm.checkpoint import MOST, ResumeState, fingerprint, not_kept, state_folder, states
 from ddpm.errors import UserError
 from tests.conftest import ROOT
 
@@ -21,6 +23,8 @@ WITHOUT_TORCH = """
 import sys, types
 sys.modules["torch"] = types.ModuleType("torch")  # slow to import, and not needed there
 sys.modules["torch"].__version__ = "1"
+alone = sys.modules["ddpm.distributed"] = types.ModuleType("ddpm.distributed")
+alone.rank, alone.size, alone.anywhere = lambda: 0, lambda: 1, lambda here: here
 """
 HOLDER = f"""{WITHOUT_TORCH}
 from pathlib import Path
@@ -231,6 +235,48 @@ def test_remove_deletes_the_folder(state):
         assert fresh.load() is None
 
 
+def unfinished(parent, names):
+    """States of runs that were stopped, each a minute after the one before."""
+    for age, name in enumerate(names):
+        (parent / name).mkdir(parents=True)
+        for file in ("lock", "state.pt"):
+            (parent / name / file).write_bytes(b"1234567")
+        os.utime(parent / name, (60 * age,) * 2)
+    return [parent / name for name in names]
+
+
+def test_the_oldest_unfinished_runs_of_a_stage_make_room_for_a_new_one(tmp_path, capsys):
+    other, *runs = unfinished(tmp_path, ["sample-0", *(f"train-{i}" for i in range(MOST + 2))])
+    with (runs[0] / "lock").open() as at_work:
+        fcntl.flock(at_work, fcntl.LOCK_EX)
+        with ResumeState(tmp_path / "train-new") as new:
+            assert states(tmp_path) == [other, runs[0], *runs[3:], new.folder]
+    told = [f"{run}: removed, the oldest of more than {MOST} unfinished runs" for run in runs[1:3]]
+    assert capsys.readouterr().err.splitlines() == told
+
+
+@pytest.mark.parametrize("option", [[], ["--clean"]])
+def test_what_unfinished_runs_keep_is_listed_and_cleaned_by_one_command(tmp_path, option):
+    at_work, *runs = unfinished(tmp_path / ".state", ["train-a1", "train-b2", "sample-c3", "evaluate-d4.done"])
+    with (at_work / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        command = ["-m", "tools.states", *option]
+        env = os.environ | {"DVC_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        with python(*command, cwd=tmp_path, env=env) as process:
+            printed = process.communicate(timeout=60)[0]
+    rows = [line.split() for line in printed.splitlines() if re.search(r"\d\.\d", line)]
+    word = ["deleted"] if option else []
+    hours = [row.pop(2) for row in rows]
+    assert all(float(hour) > 400_000 for hour in hours)
+    assert rows == [
+        ["train", "a1", "0.0", "in", "use"],
+        ["train", "b2", "0.0", *word],
+        ["sample", "c3", "0.0", *word],
+        ["evaluate", "d4.done", "0.0", *word],
+    ]
+    assert [run.exists() for run in (at_work, *runs)] == [True, *[not option] * 3]
+
+
 PARAMS = {"train": {"seed": 0, "lr": 1e-3}, "lr_schedule": None}
 
 
@@ -274,30 +320,34 @@ def test_a_part_that_was_kept_is_not_computed_again(state):
         return np.arange(6.0).reshape(2, 3)
 
     for _ in range(2):
-        np.testing.assert_array_equal(state.keep("a-0", compute), np.arange(6.0).reshape(2, 3))
+        np.testing.assert_array_equal(state.kept("a-0", compute), np.arange(6.0).reshape(2, 3))
     assert len(calls) == 1
-    state.keep("a-6", compute)
+    state.kept("a-6", compute)
     assert len(calls) == 2
-    np.testing.assert_array_equal(not_kept("a-0", compute), np.arange(6.0).reshape(2, 3))
-    assert len(calls) == 3
+    again = state.keep([("a-0", compute), ("a-12", compute), ("a-6", compute)])
+    assert len(list(again)) == 3
+    assert len(calls) == 3  # of the three parts one is new
+    (array,) = not_kept([("a-0", compute)])
+    np.testing.assert_array_equal(array, np.arange(6.0).reshape(2, 3))
+    assert len(calls) == 4
 
 
 @DAMAGES
 def test_a_damaged_part_is_named_and_computed_again(state, damage, capsys):
-    state.keep("part", lambda: np.arange(100))
+    state.kept("part", lambda: np.arange(100))
     path = state.folder / "part.npy"
     path.write_bytes(damage(path.read_bytes()))
-    assert state.keep("part", lambda: np.arange(100) * 2)[1] == 2
+    assert state.kept("part", lambda: np.arange(100) * 2)[1] == 2
     assert capsys.readouterr().err == f"{path}: damaged, passed over\n"
-    assert state.keep("part", lambda: np.arange(100) * 3)[1] == 2
+    assert state.kept("part", lambda: np.arange(100) * 3)[1] == 2
 
 
 def test_a_crash_while_a_part_is_kept_leaves_none(state, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space"):
-            state.keep("part", lambda: np.arange(3))
-    assert state.keep("part", lambda: np.arange(3) + 1)[0] == 1
+            state.kept("part", lambda: np.arange(3))
+    assert state.kept("part", lambda: np.arange(3) + 1)[0] == 1
 
 
 def test_the_fingerprint_follows_the_text_of_our_modules_and_not_their_place(monkeypatch, tmp_path):

@@ -1,4 +1,7 @@
+import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +9,7 @@ import torch
 
 from ddpm.data import as_tensor, batches, load_images, load_info, load_labels
 from ddpm.errors import UserError
+from tests.conftest import ROOT
 
 IMAGES = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), dtype=np.uint8)
 LABELS = np.arange(50) * 7
@@ -135,3 +139,56 @@ def test_prepared_data_that_does_not_belong_together_is_told_in_one_line(tmp_pat
     with pytest.raises(UserError, match=f"{told}.*; run the stage prepare_data again$"):
         load_images(tmp_path, "train")
         load_labels(tmp_path, "train")
+
+
+LARGER = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from ddpm.data import batches, load_array, watch
+
+def held(what):  # MiB of this process
+    return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1024
+
+folder = Path(sys.argv[1])
+changed = watch(folder)
+images = load_array(folder / "train/images.npy", "prepare_data", "uint8", 4)
+labels = load_array(folder / "train/labels.npy", "prepare_data", "int64", 1)
+steps = range(2 * len(images) // 50)
+stream = batches(images, labels, batch_size=50, seed=0, steps=steps, transforms=[])
+next(stream)
+before = held("RssAnon:")  # less the pages of files
+resource.setrlimit(resource.RLIMIT_DATA, (int(held("VmData:") + 512) << 20, -1))
+try:
+    np.array(images)
+except MemoryError:
+    print("the limit holds")
+seen = np.zeros((len(steps) - 1, 50), np.int64)
+for row, (batch, _) in zip(seen, stream):
+    low, high = batch[:, 0, 0, 0].long(), batch[:, 1, 0, 0].long()
+    row[:] = low + 200 * high
+rest = seen.ravel()
+assert not changed()
+print(len(rest), len(np.unique(rest[-len(images):])), held("RssAnon:") - before < 256)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
+def test_a_data_set_many_times_larger_than_the_memory_is_read_and_shuffled_exactly(tmp_path):
+    """Two epochs over 2.4 GB with half a GiB to spare; the file is sparse, and each image carries its index."""
+    count, size = 12_000, 256
+    for split, rows in (("train", count), ("test", 1)):
+        (tmp_path / split).mkdir()
+        images = np.lib.format.open_memmap(tmp_path / split / "images.npy", "w+", "uint8", (rows, 1, size * size, 3))
+        images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(rows) % 200, np.arange(rows) // 200
+        np.save(tmp_path / split / "labels.npy", np.zeros(rows, np.int64))
+    digest = hashlib.sha256()
+    for split in ("train", "test"):
+        for name in ("images", "labels"):
+            digest.update(np.load(tmp_path / split / f"{name}.npy", mmap_mode="r").data)
+    info = {"name": "large", "shape": [1, size * size, 3], "counts": {"train": count, "test": 1}, "classes": []}
+    (tmp_path / "dataset.json").write_text(json.dumps(info | {"broken": 0, "sha256": digest.hexdigest()}))
+    done = subprocess.run(
+        [sys.executable, "-c", LARGER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.split("\n")[:2] == ["the limit holds", f"{2 * count - 50} {count} True"], done.stderr

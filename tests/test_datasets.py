@@ -290,6 +290,24 @@ def test_broken_images_stop_the_run_and_are_named() -> None:
     assert len(lines) == 22 and tree() == ["raw"]
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[2Jclears", "\x9b2J", "\u2028", os.fsdecode(b"\xff")])
+def test_a_name_can_neither_end_its_line_nor_command_the_terminal(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    put_with_broken(0)
+    Path(f"raw/train/a/{name}.png").write_bytes(b"")
+    with pytest.raises(UserError) as fault:
+        run(dataset())
+    run(dataset(on_broken="skip"))
+    for lines in (str(fault.value).split("\n"), capsys.readouterr().out.split("\n")[:-1]):
+        assert len(lines) == 2 and all(line.isprintable() for line in lines)
+        assert lines[0].endswith(".png: the file is empty") and len(lines[0]) > 35
+    put(f"train/{name}.png", 99)
+    with pytest.raises(UserError) as fault:
+        run(dataset(on_broken="skip"))
+    assert str(fault.value).isprintable()
+
+
 def test_skipped_images_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     put_with_broken(3)
     Path("raw/test/a/2.png").write_bytes(b"")

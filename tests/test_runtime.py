@@ -16,6 +16,7 @@ from tests.conftest import ROOT, composed
 PATIENCE = 30  # seconds, for what takes a fraction of one on a free machine
 SCRIPT = """
 import errno, os, signal, sys, time
+import ddpm.config  # before the platform is another one
 from ddpm.errors import UserError
 from ddpm.runtime import run_stage
 
@@ -71,6 +72,25 @@ def test_a_signal_ends_the_stage_with_its_own_exit_code(tmp_path, name, code):
         stage.send_signal(signal.Signals[name])
         out, err = stage.communicate(timeout=PATIENCE)
     assert (stage.returncode, out, err) == (code, "", f"stopped by {name}; run it again to go on\n")
+
+
+EARLY = """
+import os, runpy, signal, sys
+
+class Early:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pydantic":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Early())
+runpy.run_module(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", "train", "sample", "evaluate"])
+def test_ctrl_c_while_a_stage_still_loads_its_libraries_is_told_in_one_line(tmp_path, stage):
+    done = subprocess.run([sys.executable, "-c", EARLY, f"stages.{stage}"], timeout=PATIENCE, **prepare(tmp_path))
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run it again to go on\n")
 
 
 def test_an_impatient_second_signal_changes_nothing(tmp_path):

@@ -11,6 +11,7 @@ from ddpm import samplers
 from ddpm.config import check
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
+from ddpm.images import to_pixels
 from tests.conftest import composed, small_unet
 
 CPU = torch.device("cpu")
@@ -50,6 +51,40 @@ def test_gaussian_data_is_drawn_with_its_mean_and_spread(name, steps, options):
     x = drawn(name, steps, d, exact_gaussian(d, mean=0.1, std=0.2), **options).double()
     assert x.mean().item() == pytest.approx(0.1, abs=0.01)
     assert x.std().item() == pytest.approx(0.2, rel=0.04)
+
+
+MEAN, COVARIANCE = torch.tensor([0.1, -0.2]).double(), torch.tensor([[0.04, 0.03], [0.03, 0.06]]).double()
+
+
+def exact_correlated(d: GaussianDiffusion):
+    """The best epsilon for two pixels that are normal with this mean and covariance, in closed form."""
+
+    def model(x, t):
+        a = float(d.alphas_cumprod[int(t[0])])
+        inverse = torch.linalg.inv(a * COVARIANCE + (1 - a) * torch.eye(2))
+        return (math.sqrt(1 - a) * (x.flatten(1).double() - math.sqrt(a) * MEAN) @ inverse).view_as(x).float()
+
+    return model
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_the_covariance_of_gaussian_data_is_reached_ever_better_with_more_steps(name):
+    d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "epsilon"))
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(20_000, 2, generator=g)
+    start = (start - start.mean(0)) @ torch.linalg.inv(
+        torch.linalg.cholesky(torch.cov(start.T))
+    ).T  # of unit covariance
+    noise = lambda: torch.randn(20_000, 1, 1, 2, generator=g)  # noqa: E731
+    errors = []
+    for steps in (10, 50, 250):
+        path = samplers.timesteps(1000, steps, "trailing")
+        *_, last = samplers.SAMPLERS[name](exact_correlated(d), d, start.view(-1, 1, 1, 2), path, noise)
+        x = last.x.flatten(1).double()
+        assert x.mean(0).tolist() == pytest.approx(MEAN.tolist(), abs=0.01)
+        errors.append(float((torch.cov(x.T) - COVARIANCE).norm() / COVARIANCE.norm()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < {"ddpm": 0.06, "ddim": 0.03, "dpm_solver": 0.01}[name], errors
 
 
 def one_step_of_diffusers(scheduler, output, t, x, draw, eta):
@@ -153,6 +188,12 @@ def test_an_image_depends_on_its_own_number_alone():
     assert not torch.equal(apart(), samplers.ImageNoise(4, range(6, 9), unet.config, CPU)())
 
 
+def test_the_noise_of_the_samples_is_normal():
+    draws = samplers.ImageNoise(0, range(500), small_unet().config, CPU)().double()
+    moments = [float(draws.pow(k).mean()) for k in (1, 2, 4)]
+    assert moments == pytest.approx([0, 1, 3], abs=0.1)  # the fourth is 1.8 for uniform noise of the same variance
+
+
 PETS = {"class_names": ("cat", "dog"), "num_class_embeds": 3}
 
 
@@ -215,6 +256,13 @@ def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, change
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     with pytest.raises(UserError, match=fault):
         samplers.draw(small_unet(**network), d, settings(**changes), 0, 2, CPU)
+
+
+def test_what_is_drawn_is_the_last_state_in_rounded_pixels():
+    d, states = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), []
+    images = samplers.draw(small_unet(), d, settings(), 0, 3, CPU, on_step=lambda start, i, x: states.append(x))
+    np.testing.assert_array_equal(images, to_pixels(states[-1]))
+    assert images.dtype == np.uint8
 
 
 def test_a_conditional_network_of_unknown_names_is_drawn_by_number():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from ddpm import samplers
+from ddpm import samplers, training
 from ddpm.checkpoint import ResumeState
 from ddpm.config import Tracking, check
 from ddpm.data import as_tensor
@@ -56,14 +56,15 @@ def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="r
             "train.steps=12",
             "train.batch_size=8",
             "train.log_every=3",
-            "train.sample_every=2",
+            "train.sample_every=0",
             "train.warmup_steps=3",
             *overrides,
         )
     )
-    config = small_unet(dropout=0.1, **network).config
+    config = small_unet(**{"dropout": 0.1} | network).config
     tracker = Curves(tmp_path / name, stop_at)
     job = Job(
+        runtime=params.runtime,
         train=params.train,
         optimizer=params.optimizer,
         lr_schedule=params.lr_schedule,
@@ -84,12 +85,12 @@ def same(a, b):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("network", [UNCONDITIONAL, TWO_CLASSES])
 def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network):
-    flip = "train.flip=true"
-    whole, curves = run(tmp_path, flip, device=device, network=network)
+    changes = ("train.flip=true", "train.sample_every=2")
+    whole, curves = run(tmp_path, *changes, device=device, network=network)
     for stop_at in (3, 9, 10):  # 10: with one of the three values of the next point of the curves
         with pytest.raises(Interrupted):
-            run(tmp_path, flip, device=device, stop_at=stop_at, name=f"cut-{stop_at}", network=network)
-        resumed, replayed = run(tmp_path, flip, device=device, name=f"cut-{stop_at}", network=network)
+            run(tmp_path, *changes, device=device, stop_at=stop_at, name=f"cut-{stop_at}", network=network)
+        resumed, replayed = run(tmp_path, *changes, device=device, name=f"cut-{stop_at}", network=network)
         assert same(whole, resumed)
         assert replayed.logged == curves.logged
         for name in ("loss", "learning_rate", "grad_norm"):
@@ -113,6 +114,61 @@ def test_the_number_of_loader_workers_changes_nothing(tmp_path):
     alone, _ = run(tmp_path, crop, name="a")
     helped, _ = run(tmp_path, crop, "train.workers=2", name="b")
     assert same(alone, helped)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_in_parts_trains_as_the_whole(tmp_path, device):
+    """To rounding: the parts of a sum are added in another order. Without dropout, which draws anew for each part."""
+    whole, curves = run(tmp_path, device=device, network={"dropout": 0.0}, name="a")
+    parts, others = run(tmp_path, "train.accumulation=4", device=device, network={"dropout": 0.0}, name="b")
+    for step, metrics in curves.logged.items():
+        assert others.logged[step] == pytest.approx(metrics, rel=1e-4)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_activations_that_are_computed_anew_change_nothing(tmp_path, device):
+    """Nor does dropout, which is drawn the same a second time; and less is held between the two passes."""
+    held = []
+
+    def count(tensor):
+        held[-1] += tensor.numel()
+        return tensor
+
+    models = []
+    for anew in ("false", "true"):
+        held.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            models.append(run(tmp_path, f"train.activation_checkpointing={anew}", device=device, name=anew)[0])
+    assert same(*models)
+    assert held[1] < held[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_memory_format_changes_a_training_by_rounding_alone(tmp_path, device):
+    first, _ = run(tmp_path, "train.channels_last=false", device=device, network={"dropout": 0.0}, name="a")
+    last, _ = run(tmp_path, "train.channels_last=true", device=device, network={"dropout": 0.0}, name="b")
+    assert last.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(first.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_agrees_to_rounding(tmp_path):
+    _, plain = run(tmp_path, network={"dropout": 0.0}, name="a")
+    _, compiled = run(tmp_path, "train.compile=true", network={"dropout": 0.0}, name="b")
+    for step, metrics in plain.logged.items():
+        assert compiled.logged[step] == pytest.approx(metrics, rel=1e-3)
+
+
+def test_no_memory_left_is_told_with_the_settings_that_help(tmp_path, monkeypatch):
+    def losses(*_):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(GaussianDiffusion, "losses", losses)
+    with pytest.raises(UserError, match=r"^out of memory: raise train.accumulation .*activation_checkpointing"):
+        run(tmp_path)
 
 
 def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
@@ -176,7 +232,7 @@ def test_four_images_are_learnt_in_fifty_steps_on_every_seed(seed):
 
 
 def test_epochs_are_counted_in_whole_batches(tmp_path):
-    _, curves = run(tmp_path, "train.steps=null", "train.epochs=3")  # 40 images, 5 batches of 8
+    _, curves = run(tmp_path, "train.steps=null", "train.epochs=3", "train.sample_every=2")  # 40 images, 5 batches of 8
     assert max(curves.logged) == 15
     assert curves.pictures[2:] == ["samples_epoch_00002"]
 
@@ -203,7 +259,7 @@ def test_timesteps_are_uniform_over_all_and_the_noise_is_normal_and_new_at_every
         "losses",
         lambda self, m, x0, t, noise, *rest: (seen.append((t, noise)), original(self, m, x0, t, noise, *rest))[1],
     )
-    run(tmp_path, "train.steps=200", "train.sample_every=0")
+    run(tmp_path, "train.steps=200")
     t, noise = torch.cat([t for t, _ in seen]), torch.stack([noise for _, noise in seen]).double()
     counts = torch.bincount(t, minlength=50)
     assert len(counts) == 50  # 0 ... T-1
@@ -263,6 +319,16 @@ def test_the_learning_rate_warms_up_to_its_peak_and_then_follows_the_schedule(ch
         "constant": [1.0] * 16,
     }
     assert rates[4:] == pytest.approx(expected[choice])
+
+
+def test_the_average_is_what_is_previewed_and_kept_and_not_the_live_weights(tmp_path, monkeypatch):
+    seen, original = [], training.preview
+    monkeypatch.setattr(EMA, "update", lambda self, step: None)  # so that it stays at the initial weights
+    monkeypatch.setattr(training, "preview", lambda model, *rest: (seen.append(model), original(model, *rest))[1])
+    kept, _ = run(tmp_path, "train.sample_every=2")
+    start = UNet(kept.config)
+    initialise(start, torch.Generator().manual_seed(derive(0, "init")))
+    assert [same(start, model) for model in (*seen, kept)] == [True, True]
 
 
 def test_the_average_warms_up_and_is_never_the_live_weights():

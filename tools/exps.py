@@ -29,6 +29,11 @@ def done(row: dict[str, Any]) -> bool:
     return row["State"] in (None, "Success")
 
 
+def number(row: dict[str, Any], name: str) -> float | None:
+    """The row's own value of a metric; None where it has none (DVC fills the gap with a dash)."""
+    return row[name] if done(row) and isinstance(row[name], float) else None
+
+
 def shown(name: str, value: Any) -> str:
     """A parameter in few characters: of a `_target_` the class alone."""
     if name.endswith("_target_"):
@@ -40,7 +45,7 @@ def main() -> None:
     """Print the table, what all trials share, and where to read why one failed."""
     sections = tuple(f"{name}." for name in yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8")))
     base, *trials = [row for row in dvc.api.exp_show() if row["rev"] != "workspace"]
-    trials.sort(key=lambda row: (not done(row), row["frechet_distance"] is None, row["frechet_distance"] or 0))
+    trials.sort(key=lambda row: (not done(row), (best := number(row, "frechet_distance")) is None, best or 0))
     params = [name for name in base if name.startswith(sections)]
     varied = [name for name in params if len({row[name] for row in trials}) > 1]
     shared = [name for name in params if name not in varied and trials and trials[0][name] != base[name]]
@@ -51,7 +56,7 @@ def main() -> None:
     for heading in METRICS.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in (base, *trials):
-        numbers = [f"{row[name]:.4f}" if done(row) and row[name] is not None else "" for name in METRICS]
+        numbers = ["" if (value := number(row, name)) is None else f"{value:.4f}" for name in METRICS]
         name, state = row["Experiment"] or row["rev"], "" if row is base else (row["State"] or "Success").lower()
         style = "bold" if row is base else "red" if state == "failed" else None
         table.add_row(name, state, *(shown(name, row[name]) for name in varied), *numbers, style=style)

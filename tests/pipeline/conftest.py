@@ -1,14 +1,18 @@
 """A scratch clone in which the real dvc runs."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+
+SMOKE = ("-S", "+experiment=smoke", "-S", "runtime.threads=1")  # one thread: other tests run at the same time
 
 
 class Clone:
@@ -29,10 +33,13 @@ class Clone:
             "GIT_COMMITTER_EMAIL": "t@example.org",
         }
 
-    def run(self, *command: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout, check=False
-        )
+    def run(self, *command: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        # not pipes: the worker that `dvc queue start` leaves behind would keep them open until its last trial is done
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            done = subprocess.run(
+                command, cwd=self.folder, env=self.env, stdout=out, stderr=err, text=True, timeout=timeout, check=False
+            )
+            done.stdout, done.stderr = (file.seek(0) or file.read() for file in (out, err))
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -68,10 +75,27 @@ def git_clone(source: Path, folder: Path) -> Clone:
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Clone:
-    """A clone in which the smoke preset has been run by `dvc exp run` and committed: about half a minute."""
-    clone = make_clone(tmp_path_factory.mktemp("smoke") / "clone")
-    clone.dvc("exp", "run", "-S", "+experiment=smoke")
-    clone.run("git", "add", "-A")
-    clone.run("git", "commit", "-qm", "smoke")
-    return clone
+def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A clone in which the smoke preset was run and committed, to be copied and not changed: half a minute.
+
+    All workers of pytest-xdist share it: the first makes it, under a lock.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "smoke"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            shutil.rmtree(folder / "clone", ignore_errors=True)
+            clone = make_clone(folder / "clone")
+            clone.dvc("exp", "run", *SMOKE)
+            clone.run("git", "add", "-A")
+            clone.run("git", "commit", "-qm", "smoke")
+            (folder / "done").touch()
+    return folder / "clone"
+
+
+@pytest.fixture(scope="session")
+def smoke(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """The same for the tests of one worker, which leave it as they found it, but for experiments and tags."""
+    return Clone(shutil.copytree(smoke_run, tmp_path_factory.mktemp("own") / "clone"))

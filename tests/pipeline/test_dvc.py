@@ -2,12 +2,14 @@
 
 import json
 import re
+import time
 
 import pytest
 import yaml
 from dvc.repo import Repo
 
 from tests.conftest import ROOT
+from tests.pipeline.conftest import SMOKE
 
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ORDER = ["prepare_data", "train", "sample", "evaluate"]
@@ -61,13 +63,13 @@ def test_metrics_plots_and_experiments_are_shown(smoke, tmp_path):
     assert "frechet_distance" in smoke.dvc("exp", "show", "--csv")
 
 
-def test_no_output_tells_the_time_or_the_machine(smoke):
+def test_no_output_tells_the_time_or_the_machine(smoke_run):
     import socket
 
-    for path in [*smoke.folder.glob("results/**/*"), *smoke.folder.glob("models/**/*")]:
+    for path in [*smoke_run.glob("results/**/*"), *smoke_run.glob("models/**/*")]:
         if path.is_file():
             content = path.read_bytes()
-            assert str(smoke.folder).encode() not in content, path
+            assert str(smoke_run).encode() not in content, path
             assert len(socket.gethostname()) < 6 or socket.gethostname().encode() not in content, path
 
 
@@ -134,24 +136,56 @@ def test_files_that_do_not_count_change_nothing(smoke):
                 path.write_bytes(before)
 
 
-def test_an_override_reaches_the_run_and_reruns_only_what_uses_it(smoke):
-    out = smoke.dvc("exp", "run", "-n", "ddpm-sampler", "-S", "+experiment=smoke", "-S", "sample.sampler=ddpm")
+def wait_for_queue(clone) -> None:
+    """Until no experiment waits or runs; asked in this process, as a `dvc queue status` takes a second of CPU."""
+    with Repo(str(clone.folder)) as repo:
+        queue, deadline = repo.experiments.celery_queue, time.monotonic() + 600
+        while any(queue.iter_queued()) or any(queue.iter_active()):
+            assert time.monotonic() < deadline, clone.dvc("queue", "status")
+            time.sleep(0.2)
+
+
+def test_a_command_in_a_parameter_that_dvc_puts_into_the_pipeline_is_a_path_and_is_not_run(smoke):
+    path = smoke.folder / "params.yaml"
+    before = path.read_text()
+    try:
+        tree = yaml.safe_load(before)
+        tree["dataset"]["path"] = "raw; touch pwned; $(touch pwned) `touch pwned` && touch pwned"
+        path.write_text(yaml.safe_dump(tree))
+        assert "No such file or directory" in smoke.dvc("repro", "prepare_data", check=False)
+    finally:
+        path.write_text(before)
+    assert smoke.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_an_override_reruns_only_what_uses_it_and_its_experiment_is_kept_or_forgotten(smoke):
+    out = smoke.dvc(
+        "exp", "run", "-n", "ddpm-sampler", *SMOKE, "-S", "sample.sampler=ddpm", "-S", "evaluate.bound_images=0"
+    )
     ran = re.findall(r"Running stage '(\w+)'", out)
     assert ran == ["sample", "evaluate"]
     assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
-    smoke.run("git", "checkout", "-q", ".")
+    smoke.run("git", "restore", ".")
+    smoke.dvc("exp", "rename", "ddpm-sampler", "ancestral")
+    (row,) = (line for line in smoke.run("python", "tools/exps.py").stdout.splitlines() if "ancestral" in line)
+    assert len(re.findall(r"\d\.\d{4}", row)) == 5, "all numbers but bits/dim, which were not asked for"
+    smoke.dvc("exp", "apply", "ancestral")
+    assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
+    smoke.run("git", "restore", ".")
     smoke.dvc("checkout", "-q")
-    assert "ddpm-sampler" in smoke.dvc("exp", "list", "--name-only")
+    assert smoke.run("dvc", "status", "-q", check=False).returncode == 0
+    smoke.dvc("exp", "remove", "ancestral")
+    assert "ancestral" not in smoke.dvc("exp", "list", "--name-only")
 
 
 def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
     """The middle one diverges: it is told as failed, and the others are not harmed."""
     smoke.dvc(
-        "exp", "run", "--queue", "-S", "+experiment=smoke", "-S", "optimizer=sgd", "-S", "train.grad_clip=null",
-        "-S", "optimizer.lr=1e-5,1e30,1e-2",
+        "exp", "run", "--queue", *SMOKE, "-S", "optimizer=sgd", "-S", "train.grad_clip=null", "-S", "train.steps=12",
+        "-S", "diffusion.timesteps=100", "-S", "optimizer.lr=1e-5,1e30,1e-2",
     )  # fmt: skip
     smoke.dvc("queue", "start", "-j", "1")
-    smoke.run("python", "-c", WAIT)
+    wait_for_queue(smoke)
     rows = json.loads(smoke.run("dvc", "exp", "show", "--json").stdout)
     states = {}
     for baseline in rows:
@@ -172,15 +206,3 @@ def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
     assert not any(re.fullmatch(r"\d+\.\d{4}", cell) for cell in row), "a failed trial is shown with numbers"
     assert len(re.findall(r"success .*(?:1e-05|0\.01) .*(?: \d+\.\d{4} *){6}", table)) >= 2, table
     assert f"dvc queue logs {failed}" in table
-
-
-WAIT = """
-import json, subprocess, time
-for _ in range(240):
-    out = subprocess.run(["dvc", "queue", "status"], capture_output=True, text=True).stdout
-    if "Queued" not in out and "Running" not in out:
-        break
-    time.sleep(1)
-else:
-    raise SystemExit(out)
-"""

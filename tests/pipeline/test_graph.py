@@ -91,6 +91,14 @@ def test_the_committed_lock_agrees_with_the_tree():
             assert hashlib.md5((ROOT / entry["path"]).read_bytes()).hexdigest() == entry["md5"], entry["path"]
 
 
+def test_no_parameter_reaches_a_command_or_decides_where_a_stage_writes():
+    """dvc.yaml puts parameters in by templating: in a command that would be the shell's to run."""
+    for name, stage in GRAPH.items():
+        assert stage["cmd"] == f"exec python -m stages.{name}"
+        assert "${" not in yaml.safe_dump({key: value for key, value in stage.items() if key != "deps"})
+        assert [dep for dep in stage["deps"] if "$" in dep] == (["${dataset.path}"] if name == "prepare_data" else [])
+
+
 @pytest.mark.parametrize("section", Params.model_fields)
 def test_every_knob_has_a_comment_beside_it(section):
     """In conf/: each key of each group file carries its advice on the same line."""

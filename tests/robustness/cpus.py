@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from ddpm.runtime import SPINS
 from tests.robustness.scratch import clone, environment
 
 OVERRIDES = (
@@ -46,8 +47,13 @@ OVERRIDES = (
 )
 
 
-def probe() -> dict[str, str]:
-    """Run the stages in the current folder, and return a hash, or a number, by its name."""
+def probe(*more: str, digits: bool = True) -> dict[str, str]:
+    """Run the stages in the current folder, and return a hash, or a number, by its name.
+
+    Args:
+        more: further overrides of the parameters.
+        digits: the metrics with all their digits, too.
+    """
     from ddpm.runtime import REPRODUCIBLE_ENVIRONMENT
 
     os.environ.update(REPRODUCIBLE_ENVIRONMENT)  # before torch is loaded
@@ -59,7 +65,7 @@ def probe() -> dict[str, str]:
     from stages import evaluate, prepare_data, sample, train
 
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
-        params = check(OmegaConf.to_container(compose("config", overrides=list(OVERRIDES)), resolve=True))
+        params = check(OmegaConf.to_container(compose("config", overrides=[*OVERRIDES, *more]), resolve=True))
     for stage in (prepare_data, train, sample, evaluate):
         stage.main(SimpleNamespace(**{section: getattr(params, section) for section in stage.SECTIONS}))
     here = Path()
@@ -68,6 +74,8 @@ def probe() -> dict[str, str]:
         for path in sorted(here.rglob("*"))
         if path.is_file() and ".state" not in path.parts
     }
+    if not digits:
+        return found
     report.DIGITS = 17
     evaluate.main(SimpleNamespace(**{section: getattr(params, section) for section in evaluate.SECTIONS}))
     for name in ("metrics", "loss_by_timestep", "bound_by_timestep", "fd_by_nfe"):
@@ -77,20 +85,27 @@ def probe() -> dict[str, str]:
     return found
 
 
+def start(folder: Path, code: Path, call: str, *around: str, **variables: str) -> subprocess.Popen[str]:
+    """A process in the folder that writes what that call of `probe` finds, with that folder's code, into `found`."""
+    # the interpreter itself, which is told where the virtual environment has its packages
+    python = [os.path.realpath(sys.executable), "-c"]
+    script = f"import json, sys; from tests.robustness.cpus import probe; json.dump({call}, open('found', 'w'))"
+    paths = {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, sys.path[1:])])}
+    env = environment(folder) | {"GOMP_SPINCOUNT": SPINS} | paths | variables
+    return subprocess.Popen([*around, *python, script], cwd=folder, env=env, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+
+
 def run(cpu: str | None, code: Path) -> dict[str, str]:
     """What `probe` finds with the code of that folder, on this CPU or on an emulated one."""
-    emulator = ["qemu-x86_64", "-cpu", cpu] if cpu else []
     with tempfile.TemporaryDirectory() as folder:
-        # the interpreter itself, which is told where the virtual environment has its packages
-        python = [os.path.realpath(sys.executable), "-c"]
-        script = "import json, sys; from tests.robustness.cpus import probe; json.dump(probe(), open('found', 'w'))"
-        env = environment(Path(folder)) | {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, sys.path[1:])])}
-        start = time.monotonic()
-        done = subprocess.run([*emulator, *python, script], cwd=folder, env=env, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{done.stderr}\nerror: the run on {cpu or 'this CPU'} ended with {done.returncode}")
+        begin = time.monotonic()
+        process = start(Path(folder), code, "probe()", *(["qemu-x86_64", "-cpu", cpu] if cpu else []))
+        _, errors = process.communicate()
+        if process.returncode:
+            sys.exit(f"{errors}\nerror: the run on {cpu or 'this CPU'} ended with {process.returncode}")
         found = json.loads(Path(folder, "found").read_text())
-        print(f"{cpu or 'this CPU'}: {len(found)} hashes and numbers in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{cpu or 'this CPU'}: {len(found)} hashes and numbers in {time.monotonic() - begin:.0f} s", flush=True)
         return dict(found)
 
 

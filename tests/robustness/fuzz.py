@@ -11,17 +11,19 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -260,24 +262,34 @@ def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) ->
     return "result"
 
 
-NAME = st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=12).filter(
-    lambda name: name not in (".", "..") and len(name.encode(errors="surrogateescape")) < 200
-)
+NAME = (
+    st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=12)
+    | st.binary(max_size=12).map(lambda name: os.fsdecode(name.translate(None, b"/\0")))
+).filter(lambda name: name not in ("", ".", ".."))
+
+
+def one_by_one(function: Callable[[str], Any], files: list[str], chunk: int, label: str) -> Iterator[list[Any]]:
+    """In the place of `in_parallel`: starting processes takes a hundred times longer than the rest."""
+    for start in range(0, len(files), chunk):
+        yield [function(file) for file in files[start : start + chunk]]
 
 
 def image_folders(case: dict[str, Any]) -> str:
     folder = scratch()
-    corpus = image_corpus()
+    png = [content for content in image_corpus() if content.startswith(b"\x89PNG")]
+    corpus = image_corpus() + png * (3 * len(image_corpus()) // len(png))  # three of four are images
     try:
-        for i, (parents, name, extension, which) in enumerate(case["files"]):
+        for parents, name, extension, which in case["files"]:
             try:
                 path = folder.joinpath("data", *parents, f"{name}.{extension}")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(corpus[int(which * len(corpus))] if i % 3 else corpus[-1 - i])
+                path.write_bytes(corpus[int(which * len(corpus))])
             except (OSError, UnicodeEncodeError):  # a file where a folder is wanted, or no name for this file system
                 continue
         dataset = Dataset(**params()["dataset"] | case["dataset"] | {"name": "folder", "path": str(folder / "data")})
-        return outcome(lambda: prepare(dataset, folder / "prepared", folder))
+        with patch("ddpm.datasets.in_parallel", one_by_one), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return outcome(lambda: prepare(dataset, folder / "prepared", folder))
     finally:
         shutil.rmtree(folder)
 
@@ -324,13 +336,13 @@ def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
         with ResumeState(folder / "state") as state, redirect_stderr(io.StringIO()):
             state.save({"step": 1, "model": {"w": torch.arange(6.0)}})
             state.save({"step": 2, "model": {"w": torch.arange(6.0)}})
-            state.keep("part", lambda: np.arange(5))
+            state.kept("part", lambda: np.arange(5))
             path = folder / "state" / ("part.npy" if array else "state.pt")
             content = path.read_bytes()
             body = damaged(content[32:], changes) if sealed else b""
             path.write_bytes(hashlib.sha256(body).digest() + body if sealed else damaged(content, changes))
             if array:
-                kept = state.keep("part", lambda: np.arange(5))
+                kept = state.kept("part", lambda: np.arange(5))
                 assert isinstance(kept, np.ndarray)
                 return "result"
             loaded = state.load()
@@ -403,8 +415,7 @@ def main() -> None:
     print(f"{len(image_corpus())} images of {len(Image.SAVE)} formats to be damaged", flush=True)
     for name in arguments.only:
         start = time.monotonic()
-        # folders are slow: processes decode what is in them
-        counts = fuzz(name, max(1, arguments.examples // (50 if name == "image_folders" else 1)), arguments.seed)
+        counts = fuzz(name, arguments.examples, arguments.seed)
         print(
             f"{name:15} {counts.total():7} inputs: {counts['result']:7} results, {counts['told']:7} told faults, "
             f"{time.monotonic() - start:5.0f} s",

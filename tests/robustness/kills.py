@@ -19,6 +19,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,7 @@ OVERRIDES = (
     "diffusion.timesteps=100",
     "sample.steps=5",
 )
+Aim = tuple[str, str, str | None]  # target, signal, and the stage to wait for
 CHECKED = ("dvc.lock", "params.yaml", "results")
 GRACE = 15.0  # seconds in which what has lost its parent, or was told to stop, has to be gone
 PATIENCE = 300.0  # seconds for any one command
@@ -83,18 +85,14 @@ class Tally:
 class Ground:
     """The scratch clone, every process that was started in it, and the result that all rounds have to end in."""
 
-    def __init__(self, folder: Path, draw: random.Random) -> None:
-        self.folder, self.draw, self.tally = folder, draw, Tally()
+    def __init__(self, folder: Path, draw: random.Random, overrides: tuple[str, ...], duration: float) -> None:
+        """`folder`: a clone whose last commit is what `dvc exp run` made of the overrides, in `duration` seconds."""
+        self.folder, self.draw, self.duration, self.tally = folder, draw, duration, Tally()
         self.mark = uuid.uuid4().hex
         self.env = environment(folder, KILLS_MARK=self.mark)
         self.log = Path(f"{folder}.log")
-        clone(folder)
-        self.overrides = [part for setting in OVERRIDES for part in ("-S", setting)]
-        start = time.monotonic()
+        self.overrides = [part for setting in overrides for part in ("-S", setting)]
         self.git("config", "advice.detachedHead", "false")
-        self.dvc("exp", "run", *self.overrides)
-        self.duration = time.monotonic() - start
-        self.git("commit", "-qam", "reference")
         self.git("tag", "reference")
         self.git("checkout", "-q", "HEAD~", "--", "dvc.lock", "results")
         self.git("commit", "-qm", "start")
@@ -133,22 +131,23 @@ class Ground:
         self.git("clean", "-fdqx", *(part for kept in ("/.dvc", "/.state", "/wandb") for part in ("-e", kept)))
         shutil.rmtree(self.folder / ".dvc/cache", ignore_errors=True)
 
-    def round(self, name: str, kills: int) -> None:
-        """One run by the command `name`, killed up to `kills` times, and checked at its end."""
+    def round(self, names: list[str], aims: list[Aim | None]) -> None:
+        """One run, killed under each of the commands but the last, which brings it to its end, and checked."""
         self.reset()
         self.env["WANDB_MODE"] = self.draw.choice(["disabled", "disabled", "offline"])
         self.log.write_bytes(b"")
         before = self.experiments()
-        for _ in range(kills):
-            if self.attempt(name, before, kill=True):
-                break
+        for name, aim in zip(names[:-1], aims, strict=True):
+            if self.attempt(name, before, kill=True, aim=aim):
+                break  # it was done before its time had come
         else:
+            name = names[-1]
             if not self.attempt(name, before, kill=False):
                 raise BrokenPromise("a run that nobody killed has failed")
         self.check(name, before)
         self.tally.rounds[name] += 1
 
-    def attempt(self, name: str, before: set[str], kill: bool) -> bool:
+    def attempt(self, name: str, before: set[str], kill: bool, aim: Aim | None = None) -> bool:
         """Start the command, perhaps kill it, wait for its end; say whether the run is complete."""
         command = [*COMMANDS[name], *(self.overrides if name != "repro" else [])]
         with self.log.open("ab") as log:
@@ -160,10 +159,12 @@ class Ground:
             if name == "queue":
                 if started.wait(PATIENCE):
                     raise BrokenPromise("the experiment could not be queued")
-                self.append(self.dvc("queue", "start", "-j", "1"))
+                # (not into a pipe: the worker holds its other end until all is done)
+                worker = ["dvc", "queue", "start", "-j", "1"]
+                subprocess.run(worker, cwd=self.folder, env=self.env, stdout=log, stderr=log, check=True)
                 self.await_worker()
             if kill:
-                self.kill(name, started)
+                self.kill(name, started, aim)
             if name == "queue":
                 return self.queue_done(before)
             try:
@@ -175,10 +176,12 @@ class Ground:
         with self.log.open("a") as log:
             log.write(text)
 
-    def kill(self, name: str, started: subprocess.Popen[bytes]) -> None:
+    def kill(self, name: str, started: subprocess.Popen[bytes], aim: Aim | None) -> None:
         """Draw whom and how, wait for the moment, kill, and see that no victim stays."""
-        target, how = self.draw.choice(TARGETS), self.draw.choice(SIGNALS)
-        wanted = self.draw.choice(STAGES) if target == "stage" else None
+        if aim is None:
+            target, how = self.draw.choice(TARGETS), self.draw.choice(SIGNALS)
+            aim = target, how, self.draw.choice(STAGES) if target == "stage" else None
+        target, how, wanted = aim
         begin, share = time.monotonic(), self.draw.random()
         deadline = begin + (PATIENCE if wanted else share * self.duration)
 
@@ -316,7 +319,8 @@ class Ground:
     def close(self) -> None:
         """End what this script has started, by its mark."""
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # ended by itself, or with its parent
+                process.kill()
 
 
 def lives(process: psutil.Process) -> bool:
@@ -354,7 +358,8 @@ def run_kills(ground: Ground, kills: int, commands: list[str]) -> None:
     """Rounds by the commands in turn until so many kills are done."""
     turn = 0
     while (done := sum(ground.tally.kills.values())) < kills:
-        ground.round(commands[turn % len(commands)], min(ground.draw.randint(1, 4), kills - done))
+        times = min(ground.draw.randint(1, 4), kills - done)
+        ground.round([commands[turn % len(commands)]] * (times + 1), [None] * times)
         turn += 1
 
 
@@ -368,8 +373,13 @@ def main() -> None:
         sys.exit("error: needs Linux's /proc")
     folder = Path(tempfile.mkdtemp(prefix="kills-")) / "clone"
     print(f"in {folder}: first a run that nobody touches", flush=True)
-    ground = Ground(folder, random.Random(arguments.seed))
-    print(f"it took {ground.duration:.0f} s", flush=True)
+    clone(folder)
+    start, env = time.monotonic(), environment(folder)
+    run(folder, env, "dvc", "exp", "run", *(part for setting in OVERRIDES for part in ("-S", setting)))
+    duration = time.monotonic() - start
+    print(f"it took {duration:.0f} s", flush=True)
+    run(folder, env, "git", "commit", "-qam", "reference")
+    ground = Ground(folder, random.Random(arguments.seed), OVERRIDES, duration)
     try:
         run_kills(ground, arguments.kills, arguments.commands)
     except BrokenPromise as fault:

@@ -35,7 +35,8 @@ def run(folder: Path, env: dict[str, str], *command: str, check: bool = True) ->
 
 def clone(folder: Path) -> None:
     """HEAD, as a new repository on the branch `main`; a word on the terminal where the working tree differs."""
-    subprocess.run(["git", "clone", "-q", "--no-local", "--depth", "1", str(ROOT), str(folder)], check=True)
+    # (with its history: from a temporary workspace of a shallow clone dvc brings no experiment back)
+    subprocess.run(["git", "clone", "-q", "--no-local", str(ROOT), str(folder)], check=True)
     subprocess.run(["git", "switch", "-q", "-C", "main"], cwd=folder, check=True)
     if subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode:
         print("note: changes that are not committed are left out")

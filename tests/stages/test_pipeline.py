@@ -1,14 +1,21 @@
 """The four stages one after the other, in a folder of their own, in this process."""
 
+import ctypes
 import errno
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import wandb
+from omegaconf import OmegaConf
 from PIL import Image
 
 import ddpm.evaluation  # noqa: F401  the run's name follows from the code that is loaded: all of it, before the first
@@ -16,14 +23,16 @@ from ddpm.checkpoint import ResumeState
 from ddpm.config import check
 from ddpm.errors import UserError
 from stages import evaluate, prepare_data, sample, train
-from tests.conftest import composed
+from tests.conftest import ROOT, composed
 from tests.test_tracking import records, values
 
 STAGES = (prepare_data, train, sample, evaluate)
+# a hundred timesteps: the bound takes a network evaluation for each
+SETTINGS = ("+experiment=smoke", "train.steps=24", "diffusion.timesteps=100", "runtime.threads=1")
 
 
 def run(stage, *overrides):
-    params = check(composed("+experiment=smoke", "train.steps=24", "runtime.threads=1", *overrides))
+    params = check(composed(*SETTINGS, *overrides))
     stage.main(SimpleNamespace(**{section: getattr(params, section) for section in stage.SECTIONS}))
 
 
@@ -118,7 +127,7 @@ def test_a_stage_that_is_killed_again_and_again_gets_on_and_ends_in_the_same_byt
     run(stage, *overrides)
     files = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
     pictures = {path: path.read_bytes() for path in Path("results/sample").iterdir()}
-    kept, original = [], ResumeState.keep
+    kept, original = [], ResumeState.kept
 
     def keep_one_and_die(self, name, compute):
         new = not (self.folder / f"{name}.npy").exists()
@@ -131,7 +140,7 @@ def test_a_stage_that_is_killed_again_and_again_gets_on_and_ends_in_the_same_byt
     for path in files:
         path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(ResumeState, "keep", keep_one_and_die)
+        patch.setattr(ResumeState, "kept", keep_one_and_die)
         for _ in range(50):
             try:
                 run(stage, *overrides)
@@ -146,12 +155,71 @@ def test_a_stage_that_is_killed_again_and_again_gets_on_and_ends_in_the_same_byt
     run(sample)
 
 
+def in_place():
+    with Path("data/prepared/train/images.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x07")
+
+
+def replaced():
+    Path("data/prepared").rename("data/old")
+    run(prepare_data, "dataset.subset=100")
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder", "change"),
+    [(train, "models", in_place), (train, "models", replaced), (evaluate, "results/evaluate", in_place)],
+)
+def test_data_that_is_changed_under_a_running_stage_is_found_out_and_nothing_is_written(
+    made, monkeypatch, tmp_path, stage, folder, change
+):
+    def files():
+        return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    before, enter = files(), ResumeState.__enter__
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumeState, "__enter__", lambda self: (change(), enter(self))[1])
+        with pytest.raises(UserError, match=r"^data/prepared: was changed while the .* ran; .*; run it again$"):
+            run(stage, "train.steps=2", "evaluate.bound_images=0")
+    assert files() == before
+    assert not list(Path(".state").iterdir())
+    if change is in_place:  # what dataset.json tells is no longer so
+        with pytest.raises(UserError, match=r"^data/prepared: is not what its dataset.json tells of; "):
+            run(stage)
+
+
+def test_more_epochs_than_a_finished_run_had_are_trained_anew_or_from_a_copy_of_its_model(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    weights = Path("models/ddpm/unet/diffusion_pytorch_model.safetensors")
+
+    def trained(folder, epochs, *more):
+        monkeypatch.chdir(tmp_path / folder)
+        run(train, "train.steps=null", f"train.epochs={epochs}", "train.sample_every=0", "train.warmup_steps=1", *more)
+        return weights.read_bytes()
+
+    for folder in ("raised", "untouched"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        run(prepare_data, "dataset.subset=128")  # two batches
+    one = trained("raised", 1)
+    shutil.copytree("models/ddpm", tmp_path / "base")
+    assert trained("raised", 3) == trained("untouched", 3) != one
+    assert trained("raised", 3, f"train.init_from={tmp_path / 'base'}") not in (one, trained("untouched", 3))
+    assert "resuming" not in capsys.readouterr().out
+
+
 def test_the_stages_record_into_one_run_of_wandb(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "offline")
     for stage in STAGES:
         run(stage, "train.steps=12")
+        wandb.teardown()  # as at the end of the stage's own process, which waits until all is written
     name = json.loads(Path("models/ddpm/training.json").read_text())["run"]
     runs = sorted(tmp_path.glob("wandb/offline-run-*"))
     assert [folder.name.rpartition("-")[2] for folder in runs] == [name] * 3
@@ -188,6 +256,76 @@ def test_a_full_disk_is_an_error_of_the_system(inside):
         kept.rename(inside / "samples/images.npy")
 
 
+LIMITED = """
+import contextlib, io, json, os, resource, sys
+from ddpm.runtime import run_stage
+from stages import evaluate, prepare_data, sample, train
+
+def told(stage):
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            run_stage(stage.main, stage.SECTIONS)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    return code, [line for line in errors.getvalue().splitlines() if line.startswith(("error", "Traceback"))]
+
+results = []
+for stage, folder in json.loads(sys.argv[1]):
+    os.chmod(folder, 0o555)
+    results.append(told(globals()[stage]))
+    os.chmod(folder, 0o755)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for stage, size in json.loads(sys.argv[2]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    results.append(told(globals()[stage]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+print(json.dumps(results))
+"""
+
+
+def without_power_over_files():
+    """So that folders are read-only to root, too: its capabilities to read and write what it may not are dropped."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root is bound by Linux's capabilities")
+def test_read_only_folders_and_full_disks_are_told_in_one_line_and_leave_what_was_there(made, tmp_path):
+    here = tmp_path / "here"
+    shutil.copytree(made, here)
+    few = (
+        "train.steps=4",
+        "train.save_every=1e-9",
+        "train.sample_every=0",
+        "sample.steps=2",
+        "evaluate.bound_images=0",
+    )
+    (here / "params.yaml").write_text(OmegaConf.to_yaml(composed("+experiment=smoke", "runtime.threads=1", *few)))
+    before = {path: path.read_bytes() for name in ("data", "models") for path in (here / name).rglob("*.*")}
+    for path in [*here.glob("results/sample/*"), *here.glob("results/evaluate/*")]:
+        path.unlink()  # as dvc does
+    (here / ".state").mkdir(exist_ok=True)
+    read_only = {"prepare_data": "data", "train": ".state", "sample": "results/sample", "evaluate": "results/evaluate"}
+    too_large = {"prepare_data": 5_000, "train": 50_000, "sample": 2_000}  # bytes: less than the largest file
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, json.dumps([*read_only.items()]), json.dumps([*too_large.items()])],
+        cwd=here,
+        env={name: value for name, value in os.environ.items() if name != "DVC_ROOT"} | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=without_power_over_files,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for (code, lines), reason in zip(results, ["Permission denied"] * 4 + ["File too large"] * 3, strict=True):
+        (line,) = lines
+        assert (code, re.fullmatch(rf"error: .+: {reason}", line) is not None) == (1, True), line
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(here.rglob("*.tmp"))
+
+
 def test_metrics_are_rounded_numbers_with_what_they_were_measured_on(made):
     metrics = json.loads((made / "results/evaluate/metrics.json").read_text())
     assert metrics["samples"] == 64
@@ -195,7 +333,7 @@ def test_metrics_are_rounded_numbers_with_what_they_were_measured_on(made):
     assert 0 < metrics["frechet_distance_real_halves"] < 0.2 < metrics["frechet_distance"]
     assert all(value == round(value, 4) for value in metrics.values() if isinstance(value, float))
     rows = json.loads((made / "results/evaluate/loss_by_timestep.json").read_text())
-    assert [row["timestep"] for row in rows] == [100, 300, 500, 700, 900]
+    assert [row["timestep"] for row in rows] == [10, 30, 50, 70, 90]
     assert metrics["held_out_loss"] == pytest.approx(np.mean([row["loss"] for row in rows]), abs=1e-4)
 
 
@@ -241,6 +379,6 @@ def test_a_stage_without_its_inputs_says_which_stage_to_run(stage, tmp_path, mon
 
 
 def test_more_steps_than_the_model_has_timesteps_are_refused(inside):
-    params = check(composed("+experiment=smoke", "diffusion.timesteps=2000", "sample.steps=1500"))
-    with pytest.raises(UserError, match=r"sample.steps = 1500: .*1000"):
+    params = check(composed("+experiment=smoke", "diffusion.timesteps=200", "sample.steps=150"))
+    with pytest.raises(UserError, match=r"sample.steps = 150: .*100,"):
         sample.main(SimpleNamespace(runtime=params.runtime, sample=params.sample))

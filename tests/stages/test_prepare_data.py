@@ -33,8 +33,8 @@ def program(**changes: Any) -> list[str]:
     return [
         sys.executable,
         "-c",
-        "from types import SimpleNamespace; from ddpm import runtime; from ddpm.config import Dataset\n"
-        f"runtime.load_params = lambda sections: SimpleNamespace(dataset=Dataset(**{DIGITS | changes!r}))\n"
+        "from types import SimpleNamespace; from ddpm import config, runtime; from ddpm.config import Dataset\n"
+        f"config.load_params = lambda sections: SimpleNamespace(dataset=Dataset(**{DIGITS | changes!r}))\n"
         "from stages.prepare_data import SECTIONS, main\n"
         "runtime.run_stage(main, SECTIONS)",
     ]

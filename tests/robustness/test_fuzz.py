@@ -1,0 +1,12 @@
+"""The short form of tests.robustness.fuzz: the same inputs each time, about a hundred of each kind."""
+
+import pytest
+
+from tests.robustness.fuzz import CHECKS, fuzz
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+def test_what_is_damaged_odd_or_hostile_ends_in_a_result_or_in_lines_that_can_be_shown(kind):
+    counts = fuzz(kind, 100)
+    assert counts.total() > 50  # hypothesis does not count what it draws twice
+    assert set(counts) == {"result", "told"}

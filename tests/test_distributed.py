@@ -1,0 +1,141 @@
+"""Several processes give what one gives, and end together: stages under a real torchrun, with gloo."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from omegaconf import OmegaConf
+
+from stages import prepare_data
+from tests.conftest import ROOT, composed
+from tests.stages.test_pipeline import run as run_here
+
+SEVERAL = ("runtime.launcher=torchrun", "runtime.processes=2")
+TRAINING = (
+    "+experiment=smoke",
+    "runtime.threads=1",
+    "train.steps=12",
+    "train.batch_size=16",
+    "train.log_every=1",
+    "train.sample_every=0",
+    "train.flip=true",
+    "sample.batch_size=8",
+    "sample.count=24",
+    "sample.steps=4",
+    "evaluate.batch_size=100",
+    "evaluate.loss_images=200",
+    "evaluate.kid_subset_size=20",
+    "evaluate.bound_images=0",
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with prepared data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    run_here(prepare_data)
+    return tmp_path
+
+
+def start(folder: Path, stage: str, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+    (folder / "params.yaml").write_text(OmegaConf.to_yaml(composed(*TRAINING, *overrides)))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, "-m", f"stages.{stage}"]
+    alone = "DVC_STAGE" not in variables  # dvc and its stages are in one group
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=alone
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == code, out
+    assert "Traceback" not in out, out
+    return out
+
+
+def loss_curve(folder: Path) -> np.ndarray:
+    return np.loadtxt(folder / "results/train/plots/metrics/loss.tsv", skiprows=1)[:, 1]
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
+def test_two_processes_have_the_loss_curve_the_samples_and_the_metrics_of_one(place):
+    """The same global batch. Sums are made in another order, so the loss agrees to rounding."""
+    finish(start(place, "train"))
+    one = loss_curve(place)
+    out = finish(start(place, "train", *SEVERAL))
+    assert "one of 2 processes" in out and out.count("device: ") == 1  # one process talks
+    np.testing.assert_allclose(loss_curve(place), one, rtol=1e-4)
+    made = {}
+    for several in ((), SEVERAL):  # of the same model
+        finish(start(place, "sample", *several))
+        finish(start(place, "evaluate", *several))
+        results = sorted((place / "results").glob("[es]*/*.*"))
+        assert len(results) == 9
+        made[several] = [(place / "samples/images.npy").read_bytes(), *(path.read_bytes() for path in results)]
+    assert made[()] == made[SEVERAL]  # each batch is computed by one process, as it is by one alone
+    assert not list((place / ".state").iterdir())
+
+
+def test_a_killed_process_ends_the_run_in_seconds_and_the_next_run_resumes_to_the_same_bytes(place):
+    long = (*SEVERAL, "train.steps=80", "train.save_every=1e-9")
+    curve = "results/train/plots/metrics/loss.tsv"
+
+    def points() -> int:
+        return (place / curve).read_text().count("\n") if (place / curve).exists() else 0
+
+    finish(start(place, "train", *long))
+    untouched = (place / "models/ddpm/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    (place / curve).unlink()
+
+    for name, code in ((signal.SIGKILL, 1), (signal.SIGTERM, 143)):
+        process = start(place, "train", *long)
+        before = points()
+        until(lambda before=before: points() > before + 3)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        began = time.monotonic()
+        victim = workers[1] if name == signal.SIGKILL else psutil.Process(process.pid)
+        victim.send_signal(name)
+        out = finish(process, code)
+        assert time.monotonic() - began < 20
+        assert ("process 1 of the run was ended by SIGKILL" if code == 1 else "stopped by SIGTERM") in out
+        assert not [worker for worker in workers if worker.is_running()]
+
+    out = finish(start(place, "train", *long))
+    assert "resuming at step" in out
+    assert (place / "models/ddpm/unet/diffusion_pytorch_model.safetensors").read_bytes() == untouched
+
+
+def test_two_launchers_as_on_two_machines_train_as_one(place):
+    """What the README's Slurm example does: dvc's on one machine, a bare stage on the other, both told by PET_*."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": endpoint, "PET_RDZV_ID": "job"}
+    one = ("runtime.launcher=torchrun", "runtime.processes=1")
+    first, second = start(place, "train", *one, DVC_STAGE="train", **meeting), start(place, "train", *one, **meeting)
+    outs = finish(first) + finish(second)
+    assert outs.count("one of 2 processes") == 1
+    assert len(loss_curve(place)) == 12
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(place):
+    out = finish(start(place, "train", *SEVERAL, "train.batch_size=9"), 1)
+    assert "train.batch_size = 9: must be a multiple of 2 processes x train.accumulation = 1" in out
