@@ -1,0 +1,202 @@
+"""All that the benchmarks use of this project's own code: a change there asks for one here, and nowhere else.
+
+torch is imported inside the functions, which run in processes of their own: some want an environment set before.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from benchmarks.workers import Tell, cost, repeat
+from ddpm.config import Params, check
+from ddpm.runtime import REPRODUCIBLE_ENVIRONMENT
+
+CONF = Path(__file__).parents[1] / "conf"
+FASTEST = ["runtime.reproducible=false", "runtime.threads=null"]
+
+
+def environment(reproducible: bool) -> dict[str, str]:
+    """What a stage sets before torch is imported, beside GOMP_SPINCOUNT."""
+    return REPRODUCIBLE_ENVIRONMENT if reproducible else {}
+
+
+def params(*overrides: str) -> Params:
+    """What conf/ composes, with changes as `dvc exp run -S` takes them."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        return check(OmegaConf.to_container(compose("config", overrides=["tracking.wandb=disabled", *overrides])))
+
+
+def _network(p: Params, size: int, channels: int) -> Any:
+    from ddpm.unet import UNet, unet_config
+
+    return UNet(unet_config(p.model, size, channels, p.diffusion.learn_variance, (), False))
+
+
+def _diffusion(p: Params, device: Any) -> Any:
+    from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+
+    return GaussianDiffusion(DiffusionConfig(**p.diffusion.model_dump()), device)
+
+
+def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = None) -> Any:
+    """The averaged network of a whole training, by the project's own loop; `turn` is called every log_every steps."""
+    from ddpm.checkpoint import ResumeState
+    from ddpm.device import choose_device
+    from ddpm.tracking import Tracker
+    from ddpm.training import Job, train
+
+    class Turns(Tracker):
+        def log(self, step: int, metrics: dict[str, float], machine: dict[str, float] | None = None) -> None:
+            if turn:
+                turn()
+
+        def log_picture(self, *_: Any) -> None:
+            pass
+
+    device = choose_device(p.runtime)
+    with tempfile.TemporaryDirectory() as folder, ResumeState(Path(folder)) as state:
+        job = Job(
+            runtime=p.runtime,
+            train=p.train,
+            optimizer=p.optimizer,
+            lr_schedule=p.lr_schedule,
+            diffusion=_diffusion(p, device),
+            device=device,
+            tracker=Turns(None, p.tracking, {}, "benchmark", "train"),
+            folder=Path(folder),
+        )
+        network = _network(p, images.shape[1], images.shape[3])
+        return train(network, images, np.zeros(len(images), np.int64), job, state)
+
+
+def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:
+    """Turns of so many steps of the training loop, all that a step does there included: batches, curves, averages."""
+    p = params(
+        "model=paper",
+        f"model.base_channels={channels}",
+        "diffusion=linear",
+        f"train.batch_size={batch}",
+        f"train.log_every={steps}",
+        "train.steps=1000000",
+        "train.sample_every=0",
+        "train.compile=false",  # unless it is asked for below
+        *overrides,
+    )
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    images = np.broadcast_to(image, (10_000 * batch, *image.shape))  # no epoch ends: that would save the state
+    parameters = sum(x.numel() for x in _network(p, size, 3).parameters())
+    since = time.perf_counter()
+
+    def turn() -> None:
+        nonlocal since
+        tell(cost(since, steps) | {"parameters": parameters})
+        since = time.perf_counter()
+
+    _train(p, images, turn)
+
+
+def save_random_model(folder: Path) -> None:
+    """The paper's network with weights that are random, and nowhere zero as fresh ones are, as a model folder."""
+    import torch
+
+    from ddpm.pipeline_io import save_model
+    from ddpm.unet import initialise
+
+    p = params("model=paper", "diffusion=linear")
+    network = _network(p, 32, 3)
+    generator = torch.Generator().manual_seed(0)
+    initialise(network, generator)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    save_model(folder, network, _diffusion(p, "cpu").config, {})
+
+
+def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, overrides: list[str]) -> None:
+    """Turns of one batch by DDIM; `out` receives it as float32 (batch, H, W, C) in [0, 1]."""
+    import torch
+
+    from ddpm import samplers
+    from ddpm.device import choose_device, memory_format
+    from ddpm.diffusion import GaussianDiffusion
+    from ddpm.pipeline_io import load_model
+
+    runtime = params(*overrides).runtime
+    device = choose_device(runtime)
+    model, config = load_model(folder)
+    model.to(device).to(memory_format=memory_format(runtime, device))
+    diffusion = GaussianDiffusion(config, device)
+    path = samplers.timesteps(diffusion.timesteps, steps, "leading")
+    shape = (batch, model.config.in_channels, model.config.sample_size, model.config.sample_size)
+
+    def draw() -> None:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        *_, last = samplers.ddim(model, diffusion, x, path, lambda: x)
+        np.save(out, (last.x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
+
+    repeat(tell, draw, 1)
+
+
+def digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The training images of the default data set, and all its images: uint8 (N, 8, 8, 1)."""
+    from ddpm.data import load_images
+    from ddpm.datasets import prepare
+
+    prepare(params().dataset, folder / "prepared", folder)
+    train, test = (np.array(load_images(folder / "prepared", split)) for split in ("train", "test"))
+    return train, np.concatenate([train, test])
+
+
+def distance(samples: np.ndarray, real: np.ndarray) -> float:
+    """The Fréchet distance between two sets of images, uint8 (N, H, W, C), in pixel space."""
+    import torch
+
+    from ddpm.metrics import extract_features, frechet_distance
+
+    a, b = (extract_features(x, "pixels", None, 500, torch.device("cpu")) for x in (samples, real))
+    return frechet_distance(a, b)
+
+
+def quality(tell: Tell, images: str, count: int, out: str) -> None:
+    """Turns of a whole training of the default that fills the seconds asked for; `out` receives its samples."""
+    from benchmarks.quality import fill
+    from ddpm.device import choose_device
+    from ddpm.samplers import draw
+
+    def train(steps: int) -> Any:
+        return _train(params(f"train.steps={steps}", "train.sample_every=0"), np.load(images))
+
+    def samples(model: Any) -> np.ndarray:
+        p = params()
+        device = choose_device(p.runtime)
+        return draw(model, _diffusion(p, device), p.sample, p.sample.seed, count, device)
+
+    fill(tell, train, samples, out)
+
+
+def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
+    """Turns of so many batches from a file that is memory-mapped."""
+    from ddpm.data import batches, load_array
+
+    array = load_array(images, "", "uint8", 4)
+    labels = np.zeros(len(array), np.int64)
+    stream = batches(array, labels, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
+    repeat(tell, lambda: next(stream), steps)
+
+
+def drawing(tell: Tell, count: int) -> None:
+    """Turns that draw so many samples, in batches, with the default network and 10 steps of DDIM."""
+    from ddpm.device import choose_device
+    from ddpm.samplers import draw
+
+    p = params("sample.steps=10", "sample.batch_size=64")
+    device = choose_device(p.runtime)
+    model = _network(p, 8, 1).to(device).eval()
+    diffusion = _diffusion(p, device)
+    repeat(tell, lambda: draw(model, diffusion, p.sample, 0, count, device), 1)

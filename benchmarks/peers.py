@@ -1,0 +1,215 @@
+"""The peers, by their public interfaces: as they ship, and at their best. Each function is a contender (see workers).
+
+diffusers: `UNet2DModel` with the recipe of its example of unconditional training: accelerate, AdamW at 1e-4, a cosine
+schedule after 500 steps of warm-up, clipping at 1, `EMAModel` with its warm-up. denoising-diffusion-pytorch: its
+`Unet`, `GaussianDiffusion` and `Trainer` with their defaults.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.workers import Tell, repeat
+
+NEVER = 10**9
+
+
+def paper(channels: int) -> dict[str, Any]:
+    """UNet2DModel's settings for the network of Ho et al. 2020, which has 128 channels."""
+    return {
+        "sample_size": 32,
+        "block_out_channels": (channels, 2 * channels, 2 * channels, 2 * channels),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "dropout": 0.1,
+        "norm_eps": 1e-6,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "attention_head_dim": None,
+    }
+
+
+SMALL = {  # as large as ours for the digits
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+}
+
+
+def _fastest() -> None:
+    """What a person would set for speed."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+class _Recipe:
+    """The example of diffusers. Best: channels_last, fused AdamW, EMA in one call, no loss read back at each step."""
+
+    def __init__(self, network: dict[str, Any], steps: int, best: bool, precision: str, compiled: bool = False) -> None:
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler, UNet2DModel
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        if best:
+            _fastest()
+        self.best = best
+        self.scheduler: Any = DDPMScheduler(num_train_timesteps=1000)
+        self.accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
+        model: Any = UNet2DModel(**network)
+        self.parameters = sum(x.numel() for x in model.parameters())
+        if best:
+            model = model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8, fused=best or None
+        )
+        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=steps)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        self.weights = list(self.model.parameters())
+        self.ema = EMAModel(self.weights, decay=0.9999, use_ema_warmup=True, inv_gamma=1, power=0.75, foreach=best)
+        self.ema.to(self.accelerator.device)
+        self.network = torch.compile(self.model) if compiled else self.model
+
+    def step(self, clean: Tensor) -> None:
+        """One step on images (B, C, H, W) in [-1, 1]."""
+        if self.best:
+            clean = clean.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
+        output = self.network(self.scheduler.add_noise(clean, noise, t), t).sample
+        loss = F.mse_loss(output.float(), noise.float())
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.weights)
+        if not self.best:
+            loss.detach().item()  # for the progress bar
+
+
+def diffusers_training(
+    tell: Tell, channels: int, batch: int, steps: int, best: bool, precision: str, compiled: bool
+) -> None:
+    """Turns of so many training steps of the paper's network."""
+    recipe = _Recipe(paper(channels), NEVER, best, precision, compiled)
+    clean = torch.rand(batch, 3, 32, 32, device=recipe.accelerator.device) * 2 - 1
+    repeat(tell, lambda: recipe.step(clean), steps, parameters=recipe.parameters)
+
+
+def _epochs(images: Tensor, batch: int) -> Iterator[Tensor]:
+    """Shuffled batches without end."""
+    while True:
+        yield from images[torch.randperm(len(images), device=images.device)].split(batch)[: len(images) // batch]
+
+
+def _trainer(folder: str, images: Tensor, batch: int, unet: dict[str, Any], **more: Any) -> Any:
+    """Its trainer, fed from memory. It wants a folder of images, and is given one that it never reads."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
+    size = images.shape[-1]
+    for i in range(100):  # fewer it refuses
+        Image.new("L", (size, size)).save(Path(folder, f"{i}.png"))
+    diffusion = GaussianDiffusion(Unet(**unet), image_size=size, sampling_timesteps=50)
+    quiet = {"save_and_sample_every": NEVER, "calculate_fid": False, "results_folder": folder}
+    trainer = Trainer(diffusion, folder, train_num_steps=0, **quiet, **more)
+    trainer.dl = _epochs(images.to(trainer.device), batch)
+    return trainer
+
+
+def _go_on(trainer: Any, steps: int) -> None:
+    trainer.train_num_steps += steps
+    trainer.train()
+
+
+def ddpm_pytorch_training(tell: Tell, channels: int, batch: int, steps: int, amp: bool) -> None:
+    """Turns of so many training steps with the channels of the paper's network."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(
+            folder,
+            torch.rand(batch, 3, 32, 32),
+            batch,
+            {"dim": channels, "dim_mults": (1, 2, 2, 2)},
+            amp=amp,
+            mixed_precision_type="bf16",  # its default, fp16, is for GPUs alone
+        )
+        parameters = sum(x.numel() for x in trainer.model.model.parameters())
+        repeat(tell, lambda: _go_on(trainer, 1), steps, parameters=parameters)
+
+
+def diffusers_sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, best: bool) -> None:
+    """Turns of one batch by its DDIM pipeline; `out` receives it as float32 (batch, H, W, C) in [0, 1]."""
+    from diffusers import DDIMPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = DDIMPipeline.from_pretrained(folder).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    if best:
+        _fastest()
+        pipeline.unet.to(memory_format=torch.channels_last)
+
+    def draw() -> None:
+        generator = torch.Generator().manual_seed(0)
+        # (the clipped prediction gives epsilon, too, as in our sampler; the cost is nothing beside the network's)
+        options = {"use_clipped_model_output": True, "num_inference_steps": steps, "output_type": "np"}
+        np.save(out, pipeline(batch, generator, **options).images)
+
+    repeat(tell, draw, 1)
+
+
+def diffusers_quality(tell: Tell, images: str, count: int, out: str) -> None:
+    """Turns of a whole training by its recipe that fills the seconds asked for; `out` receives samples, uint8."""
+    from diffusers import DDIMPipeline
+
+    from benchmarks.quality import fill
+
+    def train(steps: int) -> _Recipe:
+        recipe = _Recipe(SMALL, steps, best=False, precision="fp32")
+        device = recipe.accelerator.device
+        clean = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+        stream = _epochs(clean, 16)
+        for _ in range(steps):
+            recipe.step(next(stream))
+        return recipe
+
+    def samples(recipe: _Recipe) -> np.ndarray:
+        recipe.ema.copy_to(recipe.weights)
+        pipeline: Any = DDIMPipeline(recipe.model.eval(), recipe.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        parts = [pipeline(count // 5, generator, num_inference_steps=50, output_type="np").images for _ in range(5)]
+        return (np.concatenate(parts) * 255).round().astype(np.uint8)
+
+    fill(tell, train, samples, out)
+
+
+def ddpm_pytorch_quality(tell: Tell, images: str, count: int, out: str) -> None:
+    """Turns that go on with one training until it has had the seconds asked for: its learning rate is constant."""
+    clean = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2).float() / 255
+    unet = {"dim": 64, "dim_mults": (1, 2), "channels": 1}  # better at each time than 32, and than three levels
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(folder, clean, 16, unet)
+        trained, wanted = 0.0, tell("ready")
+        while True:
+            while trained < wanted:
+                start = time.perf_counter()
+                _go_on(trainer, 20)
+                trained += time.perf_counter() - start
+            model = trainer.ema.ema_model.eval()
+            parts = [model.sample(batch_size=count // 5) for _ in range(5)]
+            drawn = (torch.cat(parts).clamp(0, 1) * 255).round().byte()
+            np.save(out, drawn.permute(0, 2, 3, 1).cpu().numpy())
+            wanted = tell({"seconds": trained, "steps": trainer.step})

@@ -1,0 +1,93 @@
+"""How good the samples are after so many seconds of training, on the digits."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from benchmarks import ours
+from benchmarks.report import curves, table
+from benchmarks.workers import Contender, Tell, alternate
+
+TITLE = "Quality by training time"
+Trained = TypeVar("Trained")
+CONTENDERS = {
+    "ours, default": "benchmarks.ours:quality",
+    "denoising-diffusion-pytorch": "benchmarks.peers:ddpm_pytorch_quality",
+    "diffusers, recipe of its example": "benchmarks.peers:diffusers_quality",
+}
+
+
+def fill(tell: Tell, train: Callable[[int], Trained], draw: Callable[[Trained], np.ndarray], out: str) -> None:
+    """Turns of a training of as many steps as fit into the seconds asked for.
+
+    A learning rate that falls to zero at the end has to know the number of its steps: it follows from the pace of the
+    training before.
+    """
+
+    def timed(steps: int) -> tuple[Trained, float]:
+        start = time.perf_counter()
+        return train(steps), time.perf_counter() - start
+
+    few, steps = 5, 55
+    train(few)  # to warm up
+    least, seconds = timed(few)[1], timed(steps)[1]
+    wanted = tell("ready")
+    while True:
+        pace = max(seconds - least, 1e-3) / (steps - few)
+        steps = few + max(1, int((wanted - least) / pace))
+        trained, seconds = timed(steps)
+        np.save(out, draw(trained))
+        wanted = tell({"seconds": seconds, "steps": steps})
+
+
+def measure(quick: bool, compiled: bool) -> dict[str, Any]:
+    """Steps, seconds and distance of each contender at each moment."""
+    moments = [1, 2] if quick else [30, 60, 120]
+    count = 200 if quick else 2000
+    with tempfile.TemporaryDirectory() as folder:
+        train, real = ours.digits(Path(folder))
+        np.save(f"{folder}/train.npy", train)
+        settings = {"images": f"{folder}/train.npy", "count": count, "out": f"{folder}/samples.npy"}
+        contenders = [
+            Contender(name, function, settings, ours.environment(True) if name.startswith("ours") else {})
+            for name, function in CONTENDERS.items()
+        ]
+
+        def keep(answer: Any) -> None:
+            answer["distance"] = ours.distance(np.load(f"{folder}/samples.npy"), real)
+
+        turns = alternate(contenders, moments, keep)
+    return {"moments": moments, "count": count, "reference": len(real), "turns": turns}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The table."""
+    turns, moments = result["turns"], result["moments"]
+    mine = turns["ours, default"]
+    peers = [answers for name, answers in turns.items() if answers is not mine]
+    best = [min(answers[i]["distance"] for answers in peers) for i in range(len(moments))]
+    rows = [
+        (name, *(f"{a['distance']:.3f} ({a['steps']:,} steps, {a['seconds']:.0f} s)" for a in answers))
+        for name, answers in turns.items()
+    ]
+    rows.append(("ours by the better peer's", *(f"{a['distance'] / b:.2f}" for a, b in zip(mine, best, strict=True))))
+    return (
+        f"Fréchet distance in pixel space of {result['count']:,} samples from all {result['reference']:,} digits, "
+        f"after training on the same images in memory; sampling (50 steps of DDIM) is not counted. Ours and diffusers' "
+        f"learning rates fall to zero, so that each time is a training of its own.\n\n"
+        + table(("contender", *(f"after {moment} s" for moment in moments)), rows)
+    )
+
+
+def chart(result: dict[str, Any]) -> dict[str, Any]:
+    """Distance by seconds."""
+    rows = [
+        {"name": name, "x": answer["seconds"], "y": answer["distance"]}
+        for name, answers in result["turns"].items()
+        for answer in answers
+    ]
+    return curves("seconds of training", "Fréchet distance", rows)

@@ -1,0 +1,111 @@
+"""From the numbers of a run to a page of tables and plots."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import vl_convert
+from PIL import Image
+
+RESULTS = Path(__file__).parent / "results"
+HEAD = """# Measured side by side
+
+Made by `make bench`; change nothing here. Each contender is loaded in a process of its own, and they take turns, so
+that all see the same machine, with the same GOMP_SPINCOUNT: a load beside the run, which should be alone, costs all
+alike. Told is the median over the rounds, with the least and the most.
+"""
+SMOKE = "\n**A smoke run (`--quick`), to see that everything works: its numbers measure nothing.**\n"
+
+Turns = dict[str, list[dict[str, Any]]]  # the answers of each contender
+
+
+class Spread(NamedTuple):
+    """Several measurements of one thing."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """Of one value or more."""
+        ordered = sorted(values)
+        return cls(ordered[0], statistics.median(ordered), ordered[-1])
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def faster(turns: Turns, ours: str, theirs: str) -> Spread:
+    """How many times as fast as theirs ours is: the ratio of each round."""
+    return Spread.of(b["seconds"] / a["seconds"] for a, b in zip(turns[ours], turns[theirs], strict=True))
+
+
+def peak(answers: list[dict[str, Any]]) -> str:
+    """Of memory."""
+    return f"{max(answer['mib'] for answer in answers):,.0f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in markdown; all columns but the first are numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def bars(turns: Turns, images: int) -> dict[str, Any]:
+    """A chart of images a second, where a step or a batch is of so many images."""
+    spreads = {name: Spread.of(images / answer["seconds"] for answer in answers) for name, answers in turns.items()}
+    rows = [{"name": name, "ours": name.startswith("ours")} | spread._asdict() for name, spread in spreads.items()]
+    y = {"field": "name", "sort": None, "title": None, "axis": {"labelLimit": 400}}
+    x = {"field": "median", "type": "quantitative", "title": "images a second"}
+    rule = {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}}
+    color = {"field": "ours", "legend": None}
+    layer = [{"mark": "bar", "encoding": {"x": x, "color": color}}, {"mark": "rule", "encoding": rule}]
+    return {"width": 420, "data": {"values": rows}, "encoding": {"y": y}, "layer": layer}
+
+
+def curves(x: str, y: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A chart of lines, both scales logarithmic: rows of name, x and y."""
+    scale = {"type": "quantitative", "scale": {"type": "log", "nice": False, "padding": 10}, "axis": {"tickCount": 5}}
+    encoding = {
+        "x": scale | {"field": "x", "title": x},
+        "y": scale | {"field": "y", "title": y},
+        "color": {"field": "name", "title": None, "sort": None, "legend": {"labelLimit": 400}},
+    }
+    mark = {"type": "line", "point": True}
+    return {"width": 320, "height": 240, "data": {"values": rows}, "mark": mark, "encoding": encoding}
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """The numbers of a measurement, as JSON."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def render(measurements: dict[str, ModuleType]) -> tuple[str, dict[str, Image.Image]]:
+    """The page of all numbers that were kept, and its plots by file name. The same numbers give the same page."""
+    page, plots = HEAD, {}
+    for name, module in measurements.items():
+        if not (path := RESULTS / f"{name}.json").exists():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        facts = ", ".join(f"{what}: {value}" for what, value in result["machine"].items() if value)
+        page += f"\n## {module.TITLE}\n\n{facts}.\n{SMOKE if result['quick'] else ''}\n{module.page(result)}"
+        if hasattr(module, "chart"):
+            page += f"\n![{module.TITLE}]({name}.png)\n"
+            spec = module.chart(result) | {"title": module.TITLE, "background": "white"}
+            picture = Image.open(BytesIO(vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5)))
+            plots[f"{name}.png"] = picture.convert("RGB").quantize(64)  # a fifth of the bytes
+    return page if plots else f"{HEAD}\nNothing has been measured yet.\n", plots
+
+
+def write(measurements: dict[str, ModuleType]) -> None:
+    """Write the page and its plots."""
+    page, plots = render(measurements)
+    (RESULTS / "README.md").write_text(page, encoding="utf-8")
+    for name, plot in plots.items():
+        plot.save(RESULTS / name, optimize=True)

@@ -1,0 +1,141 @@
+"""Contenders take turns: each is loaded in a process of its own, and works only while it is asked to.
+
+A contender is a function `work(tell, **settings)`. `tell(answer)` hands over the answer of a turn (JSON), and returns
+the request (JSON) of the next one when that begins; the first answer says that the contender is loaded and warm.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Tell = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who takes part: a name for the table, "module:function", its settings, and what its process needs to be told."""
+
+    name: str
+    function: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Worker:
+    """A contender's process. Use as a context manager; `ready` is its first answer.
+
+    Raises:
+        RuntimeError: the process ended, with the last that it said.
+    """
+
+    def __init__(self, contender: Contender) -> None:
+        self.name = contender.name
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the worker
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.workers", contender.function, json.dumps(contender.settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            env=os.environ | contender.environment,
+        )
+        self.ready = self._answer()
+
+    def ask(self, request: Any = None) -> Any:
+        """One turn."""
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        self._said.seek(0)
+        raise RuntimeError(f"{self.name} ended with {self._process.wait()}:\n{self._said.read()[-3000:]}")
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # closes its input, which ends it
+        self._said.close()
+
+
+def alternate(
+    contenders: Sequence[Contender], requests: Sequence[Any], after: Callable[[Any], object] = lambda answer: None
+) -> dict[str, list[Any]]:
+    """The answers of each contender: all are loaded, and then each request goes to one after the other.
+
+    `after` may add to each answer before the next turn begins.
+    """
+    with ExitStack() as stack:
+        workers = []
+        for contender in contenders:
+            print(f"  loading: {contender.name}", flush=True)
+            workers.append(stack.enter_context(Worker(contender)))
+        answers: dict[str, list[Any]] = {worker.name: [] for worker in workers}
+        for i, request in enumerate(requests, 1):
+            for worker in workers:
+                after(answer := worker.ask(request))
+                answers[worker.name].append(answer)
+                print(f"  turn {i} of {len(requests)}: {worker.name}: {json.dumps(answer)}", flush=True)
+    return answers
+
+
+def alone(contender: Contender) -> Any:
+    """The answer of one turn of a process that ends with it."""
+    with Worker(contender) as worker:
+        return worker.ask()
+
+
+def cost(start: float, steps: int) -> dict[str, float]:
+    """What a turn tells: seconds a step since `start` (of time.perf_counter), and the peak of memory so far."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # not getrusage, whose peak also counts the parent's
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return {"seconds": (time.perf_counter() - start) / steps, "mib": int(status["VmHWM"].split()[0]) / 1024}
+    torch.cuda.synchronize()
+    told = {"seconds": (time.perf_counter() - start) / steps, "mib": torch.cuda.max_memory_allocated() / 2**20}
+    torch.cuda.empty_cache()  # the memory is the next contender's
+    return told
+
+
+def repeat(tell: Tell, step: Callable[[], object], steps: int, **more: Any) -> None:
+    """Take turns of so many steps; one goes before, to warm up. `more` is told beside the cost."""
+    while True:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        tell(cost(start, steps) | more)
+
+
+def main() -> None:
+    """The other end of a `Worker`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed must not stand between the answers
+
+    def tell(answer: Any) -> Any:
+        print(json.dumps(answer), file=answers, flush=True)
+        if not (line := sys.stdin.readline()):
+            sys.exit()
+        return json.loads(line)
+
+    module, _, function = sys.argv[1].partition(":")
+    getattr(importlib.import_module(module), function)(tell, **json.loads(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

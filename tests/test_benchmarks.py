@@ -1,0 +1,29 @@
+import pytest
+
+from benchmarks import growth, report, whole
+from benchmarks.__main__ import MEASUREMENTS
+
+
+def test_the_committed_page_is_what_the_committed_numbers_render_to():
+    page, plots = report.render(MEASUREMENTS)
+    assert (report.RESULTS / "README.md").read_text(encoding="utf-8") == page
+    assert plots.keys() == {path.name for path in report.RESULTS.glob("*.png")}
+
+
+def test_a_ratio_is_taken_in_each_round():
+    turns = {
+        "ours": [{"seconds": seconds} for seconds in (1.0, 2.0, 4.0)],
+        "theirs": [{"seconds": seconds} for seconds in (3.0, 4.0, 20.0)],
+    }
+    assert str(report.faster(turns, "ours", "theirs")) == "3 (2 to 5)"
+
+
+def test_the_facts_of_a_training_are_found_in_what_it_prints():
+    printed = "device: CPU\nfirst step after 4.7 s\ntrain: 100 img\n96.3 % in forward, backward and step\n"
+    assert whole.told(printed) == {"share": 96.3, "first_step": 4.7}
+    with pytest.raises(RuntimeError, match="did not tell"):
+        whole.told("first step after 4.7 s")
+
+
+def test_the_exponent_of_a_power_law_is_found():
+    assert growth.exponent([{"n": n, "seconds": 3 * n**1.5} for n in (1, 4, 16)], "seconds") == pytest.approx(1.5)
