@@ -212,7 +212,7 @@ VERIFIED = {
     "dvc exp run -S 'evaluate.nfe_curve=[{sampler: ddim, steps: [5, 10, 20, 50]}, {sampler: dpm_solver, steps: "
     "[5, 10, 20]}]'": Verified(f"{SMOKE} -S evaluate.nfe_samples=8 -S evaluate.bound_images=0", after=curve_is_drawn),
     "dvc exp run --queue -S 'optimizer.lr=1e-5,2e-3,1.0'": Verified(TRAIN, slow=True),
-    "dvc queue start -j 1": Verified(after=until_done),
+    "dvc queue start -j 2": Verified(after=until_done),
     "dvc queue status": Verified(after=three_states),
     "dvc exp run -S model.class_conditional=true -S sample.guidance=2.0 -S 'sample.classes=[3, 8]'": Verified(
         f"{SMOKE} -S train.steps=4 -S evaluate.bound_images=0", after=two_classes
