@@ -37,7 +37,8 @@ def choose_device(runtime: Runtime) -> torch.device:
     else:
         device = torch.device("cpu")
         name = f"CPU, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
-    torch.use_deterministic_algorithms(runtime.reproducible)
+    # (use_deterministic_algorithms would load the compiler, which takes more than a second)
+    torch.set_deterministic_debug_mode("error" if runtime.reproducible else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # (filling costs time, and only hides a read of memory that was never written)
     torch.backends.cudnn.benchmark = not runtime.reproducible

@@ -83,7 +83,7 @@ def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
             with _alone_here():
                 _run_several(params.runtime) if several else main(params)
     except Interrupted as stop:
-        print(f"stopped by {signal.Signals(stop.signum).name}; run it again to go on", file=sys.stderr)
+        print(_told(stop.signum), file=sys.stderr)
         sys.exit(128 + stop.signum)
     except UserError as fault:
         _exit_with(str(fault))
@@ -111,7 +111,17 @@ def _exit_with(text: str) -> None:
     sys.exit(1)
 
 
+def _told(signum: int) -> str:
+    return f"stopped by {signal.Signals(signum).name}; run it again to go on"
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Stop here. While a library is imported nothing may catch that: torch goes on without the numpy it was loading."""
+    while frame:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            os.write(2, f"{_told(signum)}\n".encode())
+            os._exit(128 + signum)
+        frame = frame.f_back
     raise Interrupted(signum)
 
 

@@ -93,6 +93,14 @@ def test_ctrl_c_while_a_stage_still_loads_its_libraries_is_told_in_one_line(tmp_
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run it again to go on\n")
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_no_library_goes_on_without_what_it_was_importing_when_a_signal_came(tmp_path, name, code):
+    swallows = f"import os, signal\ntry: os.kill(os.getpid(), signal.{name})\nexcept BaseException: pass\n"
+    (tmp_path / "swallows.py").write_text(swallows)
+    done = run(tmp_path, "import swallows; print('went on')")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"stopped by {name}; run it again to go on\n")
+
+
 def test_an_impatient_second_signal_changes_nothing(tmp_path):
     body = "\n    ".join(
         [

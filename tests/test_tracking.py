@@ -2,7 +2,9 @@ import json
 import os
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
@@ -235,13 +237,45 @@ def test_a_run_that_cannot_be_online_is_recorded_offline(started, monkeypatch, c
     assert capsys.readouterr().err == "warning: W&B: there is no key (wandb login); recorded offline\n"
 
 
-def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path):
+class Refuses(BaseHTTPRequestHandler):
+    """A server that knows no key, as W&B's answers a wrong one."""
+
+    def do_POST(self):
+        answer = b'{"errors": [{"message": "user is not logged in"}]}'
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+        self.server.asked += 1
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *parts):
+        pass
+
+
+@pytest.fixture(params=["no network", "a server that refuses the key"])
+def server(request):
+    if request.param == "no network":
+        yield "http://127.0.0.1:9"
+        return
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as refusing:
+        refusing.asked = 0
+        Thread(target=refusing.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{refusing.server_port}"
+        refusing.shutdown()
+    assert refusing.asked
+
+
+def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path, server):
     code = (
         "from ddpm.config import Tracking; from ddpm.tracking import Tracker\n"
         "with Tracker(None, Tracking(wandb='auto', project='x'), {'a': 1}, 'abc', 'train') as tracker:\n"
         "    tracker.log(1, {'loss': 0.5})\n"
     )
-    wrong = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    wrong = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | wrong, capture_output=True, text=True, timeout=120
     )

@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-SMOKE = ("-S", "+experiment=smoke", "-S", "runtime.threads=1")  # one thread: other tests run at the same time
+# one thread, as other tests run at the same time; fewer timesteps, each of which the bound evaluates
+SMOKE = ("-S", "+experiment=smoke", "-S", "runtime.threads=1", "-S", "diffusion.timesteps=100")
 
 
 class Clone:

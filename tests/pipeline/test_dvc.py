@@ -182,7 +182,8 @@ def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
     """The middle one diverges: it is told as failed, and the others are not harmed."""
     smoke.dvc(
         "exp", "run", "--queue", *SMOKE, "-S", "optimizer=sgd", "-S", "train.grad_clip=null", "-S", "train.steps=12",
-        "-S", "diffusion.timesteps=100", "-S", "optimizer.lr=1e-5,1e30,1e-2",
+        "-S", "train.sample_every=0", "-S", "diffusion.timesteps=20", "-S", "sample.steps=2",
+        "-S", "evaluate.loss_images=8", "-S", "optimizer.lr=1e-5,1e30,1e-2",
     )  # fmt: skip
     smoke.dvc("queue", "start", "-j", "1")
     wait_for_queue(smoke)

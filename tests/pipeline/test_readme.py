@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.pipeline.conftest import SMOKE as OVERRIDES
 from tests.pipeline.conftest import Clone, git_clone
 from tests.pipeline.test_dvc import wait_for_queue
 
@@ -151,7 +152,7 @@ def has_param(section: str, key: str, value: object) -> Callable[[Clone, str], N
     return check
 
 
-SMOKE = "-S +experiment=smoke -S runtime.threads=1"
+SMOKE = " ".join(OVERRIDES)
 TRAIN = f"{SMOKE} -S train.steps=4 train"  # that stage alone
 TINY = (
     "-S model.base_channels=16 -S train.steps=2 -S train.batch_size=4 "
@@ -181,9 +182,9 @@ VERIFIED = {
         after=has_param("train", "precision", "bf16"),
     ),
     "dvc exp run -S +experiment=cifar10 -S runtime.launcher=torchrun -S runtime.processes=2": Verified(
-        f"-S dataset=folder -S model=small -S evaluate=pixels -S evaluate.bound_images=0 {TINY}",
+        f"-S dataset=folder -S model=small -S evaluate=pixels {TINY} train",
         before=images,
-        after=made_from_images,
+        after=contains("one of 2 processes", "Ran experiment"),
     ),
     "make exps": Verified(INSTALLED, after=contains("Fréchet")),
     "make states": Verified(INSTALLED, after=contains("No run is unfinished")),
@@ -210,7 +211,9 @@ VERIFIED = {
         TRAIN, after=has_param("train", "init_from", "../base")
     ),
     "dvc exp run -S 'evaluate.nfe_curve=[{sampler: ddim, steps: [5, 10, 20, 50]}, {sampler: dpm_solver, steps: "
-    "[5, 10, 20]}]'": Verified(f"{SMOKE} -S evaluate.nfe_samples=8 -S evaluate.bound_images=0", after=curve_is_drawn),
+    "[5, 10, 20]}]'": Verified(
+        f"{SMOKE} -S evaluate.nfe_samples=8 -S evaluate.bound_images=0 -S evaluate.loss_images=8", after=curve_is_drawn
+    ),
     "dvc exp run --queue -S 'optimizer.lr=1e-5,2e-3,1.0'": Verified(TRAIN, slow=True),
     "dvc queue start -j 2": Verified(after=until_done),
     "dvc queue status": Verified(after=three_states),
