@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -108,6 +109,8 @@ class ResumeState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = (folder / "state.pt", folder / "state.previous.pt")
+        self._writer = ThreadPoolExecutor(1)
+        self._saving: list[Future[None]] = []  # one at most
 
     def __enter__(self) -> "ResumeState":
         if distributed.rank() == 0:
@@ -138,14 +141,35 @@ class ResumeState:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if distributed.rank() == 0:
+            wait(self._saving)  # a second signal may come here: then the lock is held until the process has written
             self._lock.close()
+            self.saved()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write `state` (tensors, numbers, strings, containers) so that a crash leaves this or the one before."""
+        """Copy `state` (tensors, numbers, strings, containers) now and write it beside what follows, so that a crash
+        leaves this or the one before.
+
+        Raises:
+            OSError: the save before could not be written.
+        """
         if distributed.rank():
             return  # the first process writes the same
+        self.saved()
         buffer = io.BytesIO()  # torch.save into a file would put the file's name into the bytes
         torch.save(state, buffer)
+        self._saving = [self._writer.submit(self._replace, buffer)]
+
+    def saved(self) -> None:
+        """Wait until what was saved has reached the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        wait(self._saving)
+        while self._saving:
+            self._saving.pop().result()
+
+    def _replace(self, buffer: io.BytesIO) -> None:
         current, previous = self._files
         temporary = self._write(current, buffer.getbuffer())
         if current.exists():
@@ -154,6 +178,7 @@ class ResumeState:
 
     def load(self) -> dict[str, Any] | None:
         """The newest state that is whole, or None. A damaged one is named on stderr and passed over."""
+        self.saved()
         for path in self._files:
             if (data := self._read(path)) is not None:
                 try:
@@ -214,4 +239,6 @@ class ResumeState:
         """Delete the folder: the run is complete and its outputs are written."""
         distributed.anywhere(False)  # nobody reads it any more
         if distributed.rank() == 0:
+            wait(self._saving)
+            self._saving.clear()  # whatever came of it: nobody needs it now
             _delete(self.folder)

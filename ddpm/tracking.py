@@ -87,7 +87,7 @@ def _has_key() -> bool:
         known = netrc.netrc()
     except (OSError, netrc.NetrcParseError):
         return False
-    return any(known.authenticators(str(urlsplit(server).hostname)) for server in servers)
+    return any(known.authenticators(urlsplit(server).netloc) for server in servers)
 
 
 def _start_wandb(tracking: Tracking, config: dict[str, Any], run_id: str, stage: str) -> Any:

@@ -35,7 +35,8 @@ from ddpm.tracking import Tracker
 from ddpm.unet import ResnetBlock, UNet, initialise
 
 SHOWN = 36  # images in each grid of a training
-PREVIEW_STEPS = 50  # DDIM steps of a preview
+HOPELESS = 10.0  # a mean loss above it has wrecked the weights: all targets have a variance of about 1
+PREVIEW_STEPS = 25  # DDIM steps of a preview: the more there are, the less time is left to train
 LENGTHS = ("T_max", "total_iters", "total_steps")  # how the schedulers of torch call the number of steps
 MEMORY_ADVICE = (
     "raise train.accumulation (the same result in smaller parts), set train.activation_checkpointing=true or "
@@ -340,7 +341,16 @@ class _Window:
         return values
 
     def take(self, step: int) -> dict[str, float]:
-        """The means of the window, which starts anew."""
+        """The means of the window, which starts anew.
+
+        Raises:
+            UserError: a value is not finite, or the loss is far above that of a network that predicts nothing.
+        """
         loss, norm = self.check(step).double().mean(dim=0).tolist()
+        if loss > HOPELESS:
+            raise UserError(
+                f"training diverged: the mean loss of steps {step - self._count + 1} to {step} is {loss:.1f}, and a "
+                f"network that predicts nothing has about 1; lower optimizer.lr, or set train.grad_clip"
+            )
         self._count = 0
         return {"loss": loss, "grad_norm": norm}

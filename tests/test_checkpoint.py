@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,12 @@ def state(tmp_path):
         yield held
 
 
+def save(state, values):
+    """Until it is on the disk."""
+    state.save(values)
+    state.saved()
+
+
 def newest(state):
     return state.folder / "state.pt"
 
@@ -64,7 +72,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(state):
         "none": None,
     }
     assert state.load() is None
-    state.save(saved)
+    save(state, saved)
     loaded = state.load()
     assert loaded.keys() == saved.keys()
     for name in ("weight", "bias"):
@@ -83,8 +91,46 @@ def test_what_is_saved_is_loaded_bit_for_bit(state):
 def test_the_same_state_is_written_in_the_same_bytes_wherever_it_lies(tmp_path):
     for name in ("one", "another"):
         with ResumeState(tmp_path / name) as state:
-            state.save({"x": torch.arange(9.0), "step": 3})
+            save(state, {"x": torch.arange(9.0), "step": 3})
     assert (tmp_path / "one/state.pt").read_bytes() == (tmp_path / "another/state.pt").read_bytes()
+
+
+def test_a_state_is_copied_when_it_is_saved_and_written_beside_what_follows(state, monkeypatch):
+    weights, gate = torch.zeros(3), threading.Event()
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (gate.wait(30), fsync(file)))
+    state.save({"weights": weights})
+    weights += 1  # the training goes on
+    assert not newest(state).exists()
+    gate.set()
+    assert torch.equal(state.load()["weights"], torch.zeros(3))
+
+
+def test_a_state_that_could_not_be_written_is_told_of_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), ResumeState(tmp_path / "state") as state:
+        state.save({"step": 1})
+    with ResumeState(tmp_path / "state") as state:
+        state.save({"step": 1})
+        with pytest.raises(OSError, match="No space"):
+            state.save({"step": 2})
+        state.save({"step": 2})
+        state.remove()  # the run is complete
+
+
+def test_the_end_waits_for_what_is_being_written(tmp_path, monkeypatch):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.2), fsync(file)))
+    with pytest.raises(KeyboardInterrupt), ResumeState(tmp_path / "state") as state:
+        state.save({"step": 1})
+        raise KeyboardInterrupt
+    assert newest(state).exists()
+    state.save({"step": 2})
+    state.remove()
+    assert not state.folder.exists()
 
 
 def cut(data):
@@ -107,7 +153,7 @@ DAMAGES = pytest.mark.parametrize(
 @DAMAGES
 def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage, capsys):
     for step in (1, 2):
-        state.save({"step": step})
+        save(state, {"step": step})
     assert state.load() == {"step": 2}
     newest(state).write_bytes(damage(newest(state).read_bytes()))
     assert state.load() == {"step": 1}
@@ -117,7 +163,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage
 @DAMAGES
 def test_where_both_are_damaged_the_run_starts_anew(state, damage, capsys):
     for step in (1, 2):
-        state.save({"step": step})
+        save(state, {"step": step})
     for file in state.folder.glob("*.pt"):
         file.write_bytes(damage(file.read_bytes()))
     assert state.load() is None
@@ -126,9 +172,9 @@ def test_where_both_are_damaged_the_run_starts_anew(state, damage, capsys):
 
 def test_a_save_after_a_damaged_one_is_loaded(state):
     for step in (1, 2):
-        state.save({"step": step})
+        save(state, {"step": step})
     newest(state).write_bytes(b"")
-    state.save({"step": 3})
+    save(state, {"step": 3})
     assert state.load() == {"step": 3}
 
 
@@ -142,7 +188,7 @@ def test_a_save_after_a_damaged_one_is_loaded(state):
 )
 def test_a_crash_while_saving_leaves_the_earlier_state(state, monkeypatch, saves, owner, name, calls):
     for step in range(saves):
-        state.save({"step": step})
+        save(state, {"step": step})
     real, count = getattr(owner, name), []
 
     def crash(*arguments, **options):
@@ -154,9 +200,9 @@ def test_a_crash_while_saving_leaves_the_earlier_state(state, monkeypatch, saves
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, crash)
         with pytest.raises(OSError, match="No space"):
-            state.save({"step": 99})
+            save(state, {"step": 99})
     assert state.load() == ({"step": saves - 1} if saves else None)
-    state.save({"step": 100})  # what the crash left lying about is no obstacle
+    save(state, {"step": 100})  # what the crash left lying about is no obstacle
     assert state.load() == {"step": 100}
 
 
@@ -165,7 +211,7 @@ def test_what_is_renamed_has_reached_the_disk_before(state, monkeypatch):
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.fstat(fd).st_size), fsync(fd))[1])
     monkeypatch.setattr(Path, "replace", lambda *a: (order.append(a[0].name), replace(*a))[1])
-    state.save({"step": 1})
+    save(state, {"step": 1})
     assert order == [newest(state).stat().st_size, "state.tmp"]
 
 
@@ -180,8 +226,8 @@ class Code:
 
 
 def test_code_in_a_state_with_a_right_checksum_is_passed_over_and_not_run(state, tmp_path, capsys):
-    state.save({"step": 1})
-    state.save({"step": 2})
+    save(state, {"step": 1})
+    save(state, {"step": 2})
     data = pickle.dumps({"step": Code(str(tmp_path / "made"))}, protocol=2)
     newest(state).write_bytes(hashlib.sha256(data).digest() + data)
     assert state.load() == {"step": 1}
@@ -204,7 +250,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp
         holder.send_signal(signal.SIGKILL)
         holder.wait(30)
     with ResumeState(folder) as state:
-        state.save({"step": 1})
+        save(state, {"step": 1})
         with pytest.raises(UserError, match="another process"), ResumeState(folder):
             pass  # not twice in one process either
     with ResumeState(folder) as state:
@@ -219,7 +265,7 @@ def test_a_process_waits_for_one_that_was_told_to_stop_and_holds_what_others_see
         assert holder.stdout.readline() == "held\n"
         with ResumeState(folder) as state:
             assert holder.wait(30) == 0
-            state.save({"step": 1})
+            save(state, {"step": 1})
             monkeypatch.setattr(runtime, "PATIENCE", 0.2)
             with pytest.raises(UserError), ResumeState(folder):
                 pass
@@ -228,7 +274,7 @@ def test_a_process_waits_for_one_that_was_told_to_stop_and_holds_what_others_see
 
 
 def test_remove_deletes_the_folder(state):
-    state.save({"step": 1})
+    save(state, {"step": 1})
     state.remove()
     assert not state.folder.exists()
     with ResumeState(state.folder) as fresh:

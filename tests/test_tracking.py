@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -237,13 +238,13 @@ def test_a_run_that_cannot_be_online_is_recorded_offline(started, monkeypatch, c
     assert capsys.readouterr().err == "warning: W&B: there is no key (wandb login); recorded offline\n"
 
 
-class Refuses(BaseHTTPRequestHandler):
-    """A server that knows no key, as W&B's answers a wrong one."""
+class Answers(BaseHTTPRequestHandler):
+    """W&B's server, as far as it says who has a key."""
 
     def do_POST(self):
-        answer = b'{"errors": [{"message": "user is not logged in"}]}'
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(401)
+        answer = json.dumps(self.server.answer).encode()
+        self.send_response(self.server.code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -256,29 +257,48 @@ class Refuses(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=["no network", "a server that refuses the key"])
-def server(request):
-    if request.param == "no network":
-        yield "http://127.0.0.1:9"
-        return
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as refusing:
-        refusing.asked = 0
-        Thread(target=refusing.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{refusing.server_port}"
-        refusing.shutdown()
-    assert refusing.asked
+@contextmanager
+def server(code, answer):
+    """The address of one that gives every question this answer."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as answering:
+        answering.code, answering.answer, answering.asked = code, answer, 0
+        Thread(target=answering.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{answering.server_port}"
+        answering.shutdown()
+    assert answering.asked
 
 
-def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path, server):
+def test_the_key_that_wandb_login_keeps_is_found(started):
+    viewer = {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
+    Path(os.environ["HOME"]).mkdir()
+    with server(200, {"data": {"viewer": viewer}}) as address:
+        os.environ["WANDB_BASE_URL"] = address
+        subprocess.run([Path(sys.executable).parent / "wandb", "login", KEY], check=True, timeout=120)
+    track(None)
+    assert [options["mode"] for options in started] == ["online"]
+
+
+def test_what_was_recorded_offline_is_what_wandb_sync_would_send(offline):
+    done = subprocess.run(
+        [Path(sys.executable).parent / "wandb", "sync", "--dry-run"],
+        cwd=offline, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "abc123" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path, refused):
     code = (
         "from ddpm.config import Tracking; from ddpm.tracking import Tracker\n"
         "with Tracker(None, Tracking(wandb='auto', project='x'), {'a': 1}, 'abc', 'train') as tracker:\n"
         "    tracker.log(1, {'loss': 0.5})\n"
     )
-    wrong = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | wrong, capture_output=True, text=True, timeout=120
-    )
+    errors = {"errors": [{"message": "user is not logged in"}]}
+    with server(401, errors) if refused else nullcontext("http://127.0.0.1:9") as address:
+        wrong = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=wrong, capture_output=True, text=True, timeout=120
+        )
     assert (done.returncode, done.stdout) == (0, "")
     assert "recorded offline" in done.stderr
     assert "0000" not in done.stderr

@@ -290,6 +290,12 @@ def test_a_loss_that_is_no_longer_finite_stops_at_its_step_and_keeps_the_last_go
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
+def test_a_loss_far_above_that_of_predicting_nothing_stops_the_training(tmp_path):
+    told = r"training diverged: the mean loss of steps \d+ to \d+ is \d+\.\d, and .*; lower optimizer.lr"
+    with pytest.raises(UserError, match=told):
+        run(tmp_path, "optimizer.lr=3.0", "train.warmup_steps=0", "train.steps=200")
+
+
 def test_fewer_images_than_a_batch_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"train.batch_size = 64: there are only 40 training images"):
         run(tmp_path, "train.batch_size=64")

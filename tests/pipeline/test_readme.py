@@ -106,12 +106,49 @@ def at_hand(clone: Clone, printed: str) -> None:
     assert "ddpm@v1.0.0" in clone.run("git", "ls-remote", "--tags", "origin").stdout
 
 
+def nothing_ran(clone: Clone, printed: str) -> None:
+    assert "Running stage" not in printed
+
+
+def slow_trial(clone: Clone) -> None:
+    clone.run("sh", "-c", f"dvc exp run -n slow {TRAIN} && git restore .")
+
+
+def is_restored(clone: Clone, printed: str) -> None:
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+
+
+def key_is_not_in_git(clone: Clone, printed: str) -> None:
+    assert "mine" in (clone.folder / ".dvc/config.local").read_text()
+    assert "mine" not in clone.run("git", "diff", "HEAD").stdout
+    assert clone.run("git", "status", "--porcelain", ".dvc").stdout == " M .dvc/config\n"  # the endpoint
+
+
+def is_the_default(clone: Clone, printed: str) -> None:
+    assert (clone.folder / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def shallow(clone: Clone) -> Clone:
+    copy = Clone(clone.folder.parent / "shallow")
+    clone.run("git", "clone", "-q", "--depth", "1", f"file://{clone.folder}", str(copy.folder))
+    assert is_shallow(copy)
+    return copy
+
+
+def is_shallow(clone: Clone) -> bool:
+    return clone.run("git", "rev-parse", "--is-shallow-repository").stdout == "true\n"
+
+
+def is_whole(clone: Clone, printed: str) -> None:
+    assert not is_shallow(clone)
+
+
 def until_done(clone: Clone, printed: str) -> None:
     wait_for_queue(clone)
 
 
-def three_states(clone: Clone, printed: str) -> None:
-    assert printed.count("Success") + printed.count("Failed") == 3
+def four_states(clone: Clone, printed: str) -> None:
+    assert printed.count("Success") + printed.count("Failed") == 4
 
 
 def curve_is_drawn(clone: Clone, printed: str) -> None:
@@ -164,6 +201,9 @@ PLACES = {  # what a person replaces by their own
     "<name>": "HEAD",
     "/some/where": "..",
     "/mnt/storage/ddpm": "{parent}/storage",
+    "<folder>": str(VENV),
+    "https://…": "https://example.org",
+    "access_key_id …": "access_key_id mine",
     "/path/or/url/of/the/repository": "{parent}/author",
 }
 CROP = {"_target_": "torchvision.transforms.v2.RandomCrop", "size": 8, "padding": 1}
@@ -214,9 +254,9 @@ VERIFIED = {
     "[5, 10, 20]}]'": Verified(
         f"{SMOKE} -S evaluate.nfe_samples=8 -S evaluate.bound_images=0 -S evaluate.loss_images=8", after=curve_is_drawn
     ),
-    "dvc exp run --queue -S 'optimizer.lr=1e-5,2e-3,1.0'": Verified(TRAIN, slow=True),
+    "dvc exp run --queue -S 'optimizer.lr=1e-5,2e-3,0.1,1.0'": Verified(TRAIN, slow=True),
     "dvc queue start -j 2": Verified(after=until_done),
-    "dvc queue status": Verified(after=three_states),
+    "dvc queue status": Verified(after=four_states),
     "dvc exp run -S model.class_conditional=true -S sample.guidance=2.0 -S 'sample.classes=[3, 8]'": Verified(
         f"{SMOKE} -S train.steps=4 -S evaluate.bound_images=0", after=two_classes
     ),
@@ -232,11 +272,43 @@ VERIFIED = {
         before=released, after=fetched
     ),
 }
+# In sentences, in an order in which they work in one clone
+SAID = {
+    "dvc status": Verified(after=contains("up to date")),
+    "dvc exp run": Verified(SMOKE, after=nothing_ran),
+    "dvc exp run --temp": Verified(SMOKE, after=nothing_ran),
+    "dvc exp show": Verified(after=contains("frechet_distance")),
+    "dvc exp apply slow": Verified(before=slow_trial, after=contains("slow")),
+    "git restore .": Verified(after=is_restored),
+    "dvc exp rename": Verified("slow slower && dvc exp rename slower slow"),
+    "dvc exp apply": Verified("slow && git restore ."),
+    "dvc exp remove slow": Verified(after=contains("slow")),
+    "dvc repro -f train": Verified(after=contains("Running stage 'train'")),
+    "dvc remote modify storage endpointurl https://…": Verified(before=with_remote),
+    "dvc remote modify --local storage access_key_id …": Verified(after=key_is_not_in_git),
+    "make help": Verified(after=contains("repro", "Run the pipeline")),
+    "make repro VENV=<folder>": Verified(f"-o '{VENV}/.run'", after=contains("frechet_distance")),
+    "make bench": Verified(f"{INSTALLED} -o '{VENV}/.bench' -n", after=contains("python -m benchmarks")),
+    "make test-remote": Verified(f"{INSTALLED} -o '{VENV}/.remote' -n", after=contains("pytest -m remote")),
+    "make params": Verified(INSTALLED, after=is_the_default),
+    "git fetch --unshallow": Verified(before=shallow, after=is_whole),
+}
+ELSEWHERE = {
+    "dvc queue logs <name>": "test_dvc.py",
+    "wandb login": "../test_tracking.py",
+    "wandb sync": "../test_tracking.py",
+}
+PROGRAMS = ("dvc", "git", "gto", "make", "pip", "python", "wandb")
 SHOWN = [*blocks("sh"), [command for row in table("| command | does |") for command in row[0]]]
 
 
 def test_every_command_of_the_readme_is_verified():
     commands = {command for block in SHOWN for command in block}
+    sentences = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    said = {text for text in re.findall(r"`([^`\n]+)`", sentences) if text.split()[0] in PROGRAMS and " " in text}
+    assert sorted(said - VERIFIED.keys()) == sorted([*SAID, *ELSEWHERE]), (
+        "in a sentence and in no test, or not any more"
+    )
     assert sorted(commands - VERIFIED.keys()) == [], "in README.md and in no test: add them to VERIFIED"
     assert sorted(VERIFIED.keys() - commands) == [], "in VERIFIED and no longer in README.md"
 
@@ -257,16 +329,23 @@ def marks(block: list[str]) -> list[pytest.MarkDecorator]:
     return [pytest.mark.slow] if any(command in VERIFIED and VERIFIED[command].slow for command in block) else []
 
 
-@pytest.mark.parametrize("block", [pytest.param(block, id=block[0], marks=marks(block)) for block in SHOWN])
-def test_the_commands_of_the_readme_do_what_it_says(author: Clone, block: list[str]) -> None:
-    place = author
-    for command in block:
-        how = VERIFIED[command]
+def run_all(place: Clone, commands: dict[str, Verified]) -> None:
+    parent = place.folder.parent
+    for command, how in commands.items():
         place = how.before(place) or place
         for name, path in PLACES.items():
-            command = command.replace(name, path.format(parent=author.folder.parent))
+            command = command.replace(name, path.format(parent=parent))
         done = place.run("sh", "-ec", f"{command} {how.more}")
         how.after(place, done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("block", [pytest.param(block, id=block[0], marks=marks(block)) for block in SHOWN])
+def test_the_commands_of_the_readme_do_what_it_says(author: Clone, block: list[str]) -> None:
+    run_all(author, {command: VERIFIED[command] for command in block})
+
+
+def test_the_commands_in_the_sentences_of_the_readme_do_what_it_says(author: Clone) -> None:
+    run_all(author, SAID)
 
 
 @pytest.mark.slow

@@ -336,6 +336,7 @@ def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
         with ResumeState(folder / "state") as state, redirect_stderr(io.StringIO()):
             state.save({"step": 1, "model": {"w": torch.arange(6.0)}})
             state.save({"step": 2, "model": {"w": torch.arange(6.0)}})
+            state.saved()
             state.kept("part", lambda: np.arange(5))
             path = folder / "state" / ("part.npy" if array else "state.pt")
             content = path.read_bytes()
