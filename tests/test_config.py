@@ -381,7 +381,7 @@ UNREADABLE = {
     "wrong date": "train: !!timestamp 2020-13-45\n",
     "reference to nothing": "train: ${nothing}\n",
     "holds itself": "train: &x [*x]\n",
-    "too deep": "[" * 5000,
+    "too deep": "[" * 1500,
     "object": "train: !!python/object/apply:os.system ['exit 1']\n",
     "left open": (ROOT / "params.yaml").read_text().replace("path: requirements.txt", "path: ???"),
 }

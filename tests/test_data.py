@@ -169,7 +169,7 @@ for row, (batch, _) in zip(seen, stream):
     row[:] = low + 200 * high
 rest = seen.ravel()
 assert not changed()
-print(len(rest), len(np.unique(rest[-len(images):])), held("RssAnon:") - before < 96)
+print(len(rest), len(np.unique(rest[-len(images):])), held("RssAnon:") - before < 160)
 """
 
 

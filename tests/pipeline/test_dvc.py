@@ -106,10 +106,13 @@ PARAMS = sorted(leaves(yaml.safe_load((ROOT / "params.yaml").read_text())))
 
 @pytest.mark.parametrize("section", sorted({path[0] for path in PARAMS}))
 def test_a_changed_param_invalidates_exactly_the_stages_that_use_it(smoke, section):
+    """dvc.yaml names whole sections, so the first and the last leaf stand for all."""
+    assert not any("." in name for stage in GRAPH.values() for name in stage["params"])
+    leaves = [leaf for leaf in PARAMS if leaf[0] == section and leaf != ("dataset", "path")]
     path = smoke.folder / "params.yaml"
     before = path.read_text()
     try:
-        for leaf in (leaf for leaf in PARAMS if leaf[0] == section and leaf != ("dataset", "path")):
+        for leaf in {leaves[0], leaves[-1]}:
             tree = yaml.safe_load(before)
             place = tree
             for key in leaf[:-1]:
@@ -178,12 +181,11 @@ def test_an_override_reruns_only_what_uses_it_and_its_experiment_is_kept_or_forg
     assert "ancestral" not in smoke.dvc("exp", "list", "--name-only")
 
 
-def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
-    """The middle one diverges: it is told as failed, and the others are not harmed."""
+def test_a_trial_of_a_queued_sweep_that_diverges_is_told_as_failed_and_does_not_harm_the_next(smoke):
     smoke.dvc(
         "exp", "run", "--queue", *SMOKE, "-S", "optimizer=sgd", "-S", "train.grad_clip=null", "-S", "train.steps=12",
         "-S", "train.sample_every=0", "-S", "diffusion.timesteps=20", "-S", "sample.steps=2",
-        "-S", "evaluate.loss_images=8", "-S", "optimizer.lr=1e-5,1e30,1e-2",
+        "-S", "evaluate.loss_images=8", "-S", "optimizer.lr=1e30,1e-2",
     )  # fmt: skip
     smoke.dvc("queue", "start", "-j", "1")
     wait_for_queue(smoke)
@@ -196,7 +198,7 @@ def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
             status = (experiment["executor"] or {}).get("state") or ("failed" if last["error"] else "success")
             if rate and "momentum" in rate:
                 states[rate["lr"]] = status
-    assert states == {1e-5: "success", 1e30: "failed", 1e-2: "success"}
+    assert states == {1e30: "failed", 1e-2: "success"}
     log = smoke.dvc("queue", "status")
     failed = next(line.split()[1] for line in log.splitlines() if "Failed" in line)
     assert "training diverged" in smoke.dvc("queue", "logs", failed)
@@ -205,5 +207,5 @@ def test_a_queued_sweep_of_three_runs_and_is_shown(smoke):
     assert row[:2] == [failed, "failed"], table
     assert "1e+30" in row, table
     assert not any(re.fullmatch(r"\d+\.\d{4}", cell) for cell in row), "a failed trial is shown with numbers"
-    assert len(re.findall(r"success .*(?:1e-05|0\.01) .*(?: \d+\.\d{4} *){6}", table)) >= 2, table
+    assert re.search(r"success .*0\.01 .*(?: \d+\.\d{4} *){6}", table), table
     assert f"dvc queue logs {failed}" in table

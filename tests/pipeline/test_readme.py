@@ -77,6 +77,10 @@ def with_remote(clone: Clone) -> None:
     clone.run("git", "commit", "-qam", "A remote")
 
 
+def with_bucket(clone: Clone) -> None:
+    clone.dvc("remote", "add", "storage", "s3://bucket/ddpm")
+
+
 def elsewhere(clone: Clone) -> Clone:
     with_remote(clone)
     clone.dvc("push")
@@ -111,7 +115,8 @@ def nothing_ran(clone: Clone, printed: str) -> None:
 
 
 def slow_trial(clone: Clone) -> None:
-    clone.run("sh", "-c", f"dvc exp run -n slow {TRAIN} && git restore .")
+    clone.dvc("exp", "run", "-n", "slow", *OVERRIDES, "-S", "dataset.test_fraction=0.3", "prepare_data")
+    clone.run("git", "restore", ".")
 
 
 def is_restored(clone: Clone, printed: str) -> None:
@@ -225,6 +230,7 @@ VERIFIED = {
         f"-S dataset=folder -S model=small -S evaluate=pixels {TINY} train",
         before=images,
         after=contains("one of 2 processes", "Ran experiment"),
+        slow=True,
     ),
     "make exps": Verified(INSTALLED, after=contains("Fréchet")),
     "make states": Verified(INSTALLED, after=contains("No run is unfinished")),
@@ -252,13 +258,15 @@ VERIFIED = {
     ),
     "dvc exp run -S 'evaluate.nfe_curve=[{sampler: ddim, steps: [5, 10, 20, 50]}, {sampler: dpm_solver, steps: "
     "[5, 10, 20]}]'": Verified(
-        f"{SMOKE} -S evaluate.nfe_samples=8 -S evaluate.bound_images=0 -S evaluate.loss_images=8", after=curve_is_drawn
+        f"{SMOKE} -S evaluate.nfe_samples=8 -S evaluate.bound_images=0 -S evaluate.loss_images=8",
+        after=curve_is_drawn,
+        slow=True,
     ),
     "dvc exp run --queue -S 'optimizer.lr=1e-5,2e-3,0.1,1.0'": Verified(TRAIN, slow=True),
     "dvc queue start -j 2": Verified(after=until_done),
     "dvc queue status": Verified(after=four_states),
     "dvc exp run -S model.class_conditional=true -S sample.guidance=2.0 -S 'sample.classes=[3, 8]'": Verified(
-        f"{SMOKE} -S train.steps=4 -S evaluate.bound_images=0", after=two_classes
+        f"{SMOKE} -S train.steps=4 -S evaluate.bound_images=0", after=two_classes, slow=True
     ),
     "dvc repro -f && git diff --exit-code dvc.lock": Verified(after=contains("Running stage 'train'"), slow=True),
     "dvc remote add --default storage /mnt/storage/ddpm": Verified(),
@@ -284,7 +292,7 @@ SAID = {
     "dvc exp apply": Verified("slow && git restore ."),
     "dvc exp remove slow": Verified(after=contains("slow")),
     "dvc repro -f train": Verified(after=contains("Running stage 'train'")),
-    "dvc remote modify storage endpointurl https://…": Verified(before=with_remote),
+    "dvc remote modify storage endpointurl https://…": Verified(before=with_bucket),
     "dvc remote modify --local storage access_key_id …": Verified(after=key_is_not_in_git),
     "make help": Verified(after=contains("repro", "Run the pipeline")),
     "make repro VENV=<folder>": Verified(f"-o '{VENV}/.run'", after=contains("frechet_distance")),
