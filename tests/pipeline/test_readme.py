@@ -166,7 +166,7 @@ def curve_is_drawn(clone: Clone, printed: str) -> None:
 
 def three_trials(clone: Clone) -> None:
     (clone.folder / "docs/learning_rates.png").unlink()
-    for name in ("lr-1e-5", "lr-2e-3", "lr-1"):
+    for name in ("lr-1e-5", "lr-2e-3", "lr-0.1"):
         clone.run("git", "tag", name)
 
 
@@ -239,7 +239,7 @@ VERIFIED = {
     "dvc metrics diff": Verified(after=contains("results/train/metrics.json")),
     "make plots": Verified(INSTALLED, after=contains("dvc_plots/index.html")),
     'make plots REV="main <name>"': Verified(INSTALLED, after=contains("dvc_plots/index.html")),
-    'make curves REV="lr-1e-5 lr-2e-3 lr-1" OUT=docs/learning_rates.png': Verified(
+    'make curves REV="lr-1e-5 lr-2e-3 lr-0.1" OUT=docs/learning_rates.png': Verified(
         INSTALLED, before=three_trials, after=three_curves
     ),
     "dvc checkout": Verified(before=without_samples, after=with_samples),
