@@ -119,6 +119,12 @@ def slow_trial(clone: Clone) -> None:
     clone.run("git", "restore", ".")
 
 
+def two_are_queued(clone: Clone, printed: str) -> None:
+    assert "optimizer=adam" in printed and "optimizer=sgd" in printed
+    assert clone.dvc("queue", "status").count("Queued") == 2
+    clone.dvc("queue", "remove", "--all")
+
+
 def is_restored(clone: Clone, printed: str) -> None:
     assert clone.run("git", "status", "--porcelain").stdout == ""
 
@@ -288,6 +294,7 @@ SAID = {
     "dvc exp show": Verified(after=contains("frechet_distance")),
     "dvc exp apply slow": Verified(before=slow_trial, after=contains("slow")),
     "git restore .": Verified(after=is_restored),
+    "dvc exp run --queue -S 'optimizer=adam,sgd'": Verified(SMOKE, after=two_are_queued),
     "dvc exp rename": Verified("slow slower && dvc exp rename slower slow"),
     "dvc exp apply": Verified("slow && git restore ."),
     "dvc exp remove slow": Verified(after=contains("slow")),
