@@ -85,6 +85,7 @@ def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overr
         f"train.log_every={steps}",
         "train.steps=1000000",
         "train.sample_every=0",
+        "train.save_every=1e9",  # its clock would also run while the others take their turns
         "train.compile=false",  # unless it is asked for below
         *overrides,
     )
