@@ -47,7 +47,7 @@ OVERRIDES = (
 )
 Aim = tuple[str, str, str | None]  # target, signal, and the stage to wait for
 CHECKED = ("dvc.lock", "params.yaml", "results")
-GRACE = 30.0  # seconds in which what has lost its parent, or was told to stop, has to be gone
+GRACE = 15.0  # seconds in which what has lost its parent, or was told to stop, has to be gone
 PATIENCE = 300.0  # seconds for any one command
 
 
