@@ -155,6 +155,19 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class Dropout(nn.Dropout):
+    """torch's own, but on a CPU from 16 random bits an element, drawn four at a time: a Bernoulli draw for each would
+    be a twentieth of a bf16 training step of the paper's network. `p` is rounded to these bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        drop = min(round(self.p * 2**16), 2**16 - 1)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop - 2**15
+        return x * (keep.to(x.dtype) / (1 - drop / 2**16))
+
+
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice; the time embedding is added between the two.
 
@@ -169,7 +182,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_channels, c_out)
         self.norm2 = nn.GroupNorm(config.norm_num_groups, c_out, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -220,13 +233,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution."""
+    """Nearest-neighbour doubling, then a convolution.
+
+    On a CPU the two are one: each new pixel sees only 2x2 old ones, with sums of the kernel's weights, so that a
+    transposed convolution by the sums has less than half of the products. For few pixels the sums cost more than that.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.shape[2] >= 16:
+            sums = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)  # (out, in, 4, 4)
+            return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

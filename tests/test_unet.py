@@ -2,12 +2,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm.config import check
-from ddpm.unet import UNet, UNetConfig, initialise, timestep_embedding, unet_config
+from ddpm.unet import Dropout, UNet, UNetConfig, Upsample, initialise, timestep_embedding, unet_config
 from tests.conftest import composed, small_unet
 
 
@@ -48,6 +49,7 @@ DIFFUSERS = {  # what a config.json that names nothing gets, but for the width
 CONFIGURATIONS = {
     "one channel": {"in_channels": 1, "out_channels": 1},
     "the paper's": PAPER,
+    "the paper's size": PAPER | {"size": 32},
     "diffusers' defaults": DIFFUSERS,
     "three levels": {"block_out_channels": (16, 32, 32), "attention": (False, True, False)},
     "one level, one more channel out": {"block_out_channels": (32,), "attention": (True,), "out_channels": 4},
@@ -80,7 +82,8 @@ def test_outputs_and_gradients_equal_diffusers(changes, record_property):
     theirs = twin(ours.config)
     theirs.load_state_dict(ours.state_dict())  # strict: the same names and shapes
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(3, ours.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(1))
+    size = ours.config.sample_size
+    x = torch.randn(3, ours.config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([0, 17, 999])
     labels = torch.tensor([0, 9, 9]) if ours.config.num_class_embeds else None
     a, b = ours(x, t, labels), theirs(x, t, labels).sample
@@ -190,6 +193,52 @@ def test_the_time_embedding_is_the_papers():
     torch.testing.assert_close(embedding[1, :4], torch.sin(3 * frequencies))
     flipped = timestep_embedding(torch.tensor([0, 3]), 8, flip_sin_to_cos=True)
     assert torch.equal(flipped, embedding.roll(4, dims=1))
+
+
+@pytest.mark.parametrize("size", [4, 16, 18])
+def test_doubling_and_convolving_at_once_is_nearest_neighbours_and_then_a_convolution(size):
+    torch.manual_seed(0)
+    upsample = Upsample(6).double()
+    x = torch.randn(2, 6, size, size, dtype=torch.float64, requires_grad=True)
+    given = [x, *upsample.parameters()]
+    expected = upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    target = torch.randn_like(expected)
+    actual = upsample(x)
+    torch.testing.assert_close(actual, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad((actual * target).sum(), given),
+        torch.autograd.grad((expected * target).sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999999])
+def test_dropout_drops_its_share_everywhere_alike_and_keeps_the_mean(share):
+    dropout, x = Dropout(share), torch.ones(5, 2001, 101, requires_grad=True)
+    y = dropout(x)
+    # the share that 16 bits can tell, in the whole and by place in the four of a draw
+    p = min(share, 1 - 2**-16)
+    spread = 5 * (p * (1 - p) / (x.numel() / 4)) ** 0.5 + 2**-17
+    for part in (y, *(y.flatten()[place::4] for place in range(4))):
+        assert abs(float((part == 0).double().mean()) - p) < spread
+    kept = y[y != 0]
+    assert kept.numel() and (kept == kept[0]).all() and float(kept[0].detach()) == pytest.approx(1 / (1 - p), rel=1e-4)
+    # (neighbours in the four, too, are dropped independently)
+    a, b = ((y.flatten()[place : x.numel() - 1 : 4] == 0).double() for place in (0, 1))
+    assert abs(float((a * b).mean()) - p * p) < spread
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+def test_dropout_follows_from_the_seed_and_does_nothing_outside_training():
+    dropout, x = Dropout(0.5), torch.randn(3, 7)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(dropout(x))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert dropout.eval()(x) is x and Dropout(0.0)(x) is x
 
 
 def test_the_initial_weights_follow_from_the_seed_alone():
