@@ -126,17 +126,32 @@ def test_a_killed_process_ends_the_run_in_seconds_and_the_next_run_resumes_to_th
     assert weights.read_bytes() == untouched
 
 
-def test_two_launchers_as_on_two_machines_train_as_one(place):
+def on_two_machines(place: Path, *overrides: str) -> str:
     """What the README's Slurm example does: dvc's on one machine, a bare stage on the other, both told by PET_*."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     meeting = {"PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": endpoint, "PET_RDZV_ID": "job"}
-    one = ("runtime.launcher=torchrun", "runtime.processes=1")
-    first, second = start(place, "train", *one, DVC_STAGE="train", **meeting), start(place, "train", *one, **meeting)
-    outs = finish(first) + finish(second)
-    assert outs.count("one of 2 processes") == 1
-    assert len(loss_curve(place)) == 12
+    first = start(place, "train", *overrides, DVC_STAGE="train", **meeting)
+    second = start(place, "train", *overrides, **meeting)
+    return finish(first) + finish(second)
+
+
+def test_a_run_of_one_machine_goes_on_on_two_with_the_same_loss_curve(place):
+    one = ("runtime.launcher=torchrun", "runtime.processes=1", "train.steps=40", "train.save_every=1e-9")
+    finish(start(place, "train", *one))
+    untouched = loss_curve(place)
+    loss_file(place).unlink()
+
+    process = start(place, "train", *one)
+    until(lambda: loss_file(place).exists() and loss_file(place).read_text().count("\n") > 3)
+    process.terminate()
+    assert "stopped by SIGTERM" in finish(process, 143)
+
+    out = on_two_machines(place, *one)
+    assert out.count("one of 2 processes") == out.count("resuming at step") == 1
+    assert len(untouched) == 40
+    np.testing.assert_allclose(loss_curve(place), untouched, rtol=1e-4)
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(place):
