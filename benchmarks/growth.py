@@ -66,7 +66,8 @@ def page(result: dict[str, Any]) -> str:
         cells.append(("… grows as", "n", *(f"n^{exponent(rows, cost):.2f}" for cost in COSTS)))
     return (
         "The exponents are fitted on the logarithms. The peak of memory is that of a whole process: libraries, weights "
-        "and optimizer have their part in it whatever the work.\n\n"
+        "and optimizer have their part in it whatever the work. The pages of a memory-mapped file that were read count "
+        "too, though the system takes them back where memory is short.\n\n"
     ) + table(("what grows", "n", *COSTS.values()), cells)
 
 
