@@ -30,7 +30,7 @@ test-remote: $(VENV)/.remote ## Push to and pull from real SSH and S3 servers, s
 	@PATH="$$PATH:/usr/sbin"; command -v sshd >/dev/null || { echo "sshd is missing: apt-get install openssh-server"; exit 1; }
 	pytest -m remote
 
-bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (half an hour on 2 cores): benchmarks/results/
+bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/
 	python -m benchmarks
 
 verify: $(VENV)/.dev ## Run the pipeline again in a scratch clone: does each stage give the committed bytes?
