@@ -137,6 +137,12 @@ def on_two_machines(place: Path, *overrides: str) -> str:
     return finish(first) + finish(second)
 
 
+def test_two_machines_train_as_one(place):
+    assert on_two_machines(place, "runtime.launcher=torchrun", "runtime.processes=1").count("one of 2 processes") == 1
+    assert len(loss_curve(place)) == 12
+
+
+@pytest.mark.slow
 def test_a_run_of_one_machine_goes_on_on_two_with_the_same_loss_curve(place):
     one = ("runtime.launcher=torchrun", "runtime.processes=1", "train.steps=40", "train.save_every=1e-9")
     finish(start(place, "train", *one))
