@@ -4,6 +4,7 @@ PYTHON ?= python3
 REV ?=
 OUT ?= curves.png
 CLEAN ?=
+ADOPT ?=
 .DEFAULT_GOAL := help
 .PHONY: help repro test test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params lock
 
@@ -65,8 +66,8 @@ curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one p
 exps: $(VENV)/.run ## Show the experiments: what was changed, how good the samples are, what failed
 	python tools/exps.py
 
-states: $(VENV)/.run ## Show what unfinished runs have kept to go on from; CLEAN=1 deletes it
-	python -m tools.states $(if $(CLEAN),--clean)
+states: $(VENV)/.run ## Show the states of unfinished runs; CLEAN=1 deletes them, ADOPT=<name> gives one to today's code
+	python -m tools.states $(if $(CLEAN),--clean) $(if $(ADOPT),--adopt $(ADOPT))
 
 params: $(VENV)/.run ## Compose params.yaml from conf/, as dvc exp run does
 	python -c 'from dvc.utils.hydra import compose_and_dump as c; c("params.yaml", "$(CURDIR)/conf", None, "config", "", [])'

@@ -23,9 +23,13 @@ import numpy as np
 import torch
 
 from ddpm import distributed
+from ddpm.errors import UserError
+from ddpm.files import write_file
+from ddpm.imports import code_of
 from ddpm.runtime import lock
 
-MOST = 10  # unfinished runs of a stage that are kept: the disk would fill with what nobody goes on with
+MOST = 10  # unfinished runs kept per stage; abandoned ones would fill the disk
+ORIGIN = "origin.json"  # in the folder of a state: the code and the libraries that it was made with
 # The parts of a long loop by their names, to what an interrupted run has kept of them, else computes now, in order
 Parts = Sequence[tuple[str, Callable[[], np.ndarray]]]
 Keep = Callable[[Parts], Iterator[np.ndarray]]
@@ -42,21 +46,50 @@ def slices(count: int, size: int) -> list[slice]:
 
 
 def fingerprint(*facts: object) -> str:
-    """A short name for what decides a run's result wherever it runs: `facts` (JSON-like) and our code."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    # by the name in __spec__: a stage run by `python -m` is called __main__ in sys.modules
-    names = {getattr(getattr(module, "__spec__", None), "name", ""): module for module in list(sys.modules.values())}
-    for name, module in sorted(names.items()):
-        if name.split(".")[0] in ("ddpm", "stages") and getattr(module, "__file__", None):
-            digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()[:16]
+    """A short name of a run: it follows from `facts` (JSON-like: parameters, data) and from nothing else."""
+    return _short(json.dumps(facts, sort_keys=True, default=str))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def origin(stage: str) -> dict[str, str]:
+    """What a state depends on besides its run: the version of each library and the hash of each of the stage's files,
+    by their names."""
+    versions = {"torch": torch.__version__, "Python": platform.python_version(), "machine": platform.machine()}
+    return versions | code_of(stage)
 
 
 def state_folder(parent: Path, stage: str, run: str) -> Path:
-    """Where the state of a stage's run is: one folder for each fingerprint, on each kind of machine, with each version
-    of torch and Python."""
-    here = f"{run} {torch.__version__} {platform.machine()} {platform.python_version()}"
-    return parent / f"{stage}-{hashlib.sha256(here.encode()).hexdigest()[:16]}"
+    """Where the state of a stage's run is: one folder per run and origin."""
+    return parent / f"{stage}-{run}-{_short(json.dumps(origin(stage)))}"
+
+
+def stage_of(folder: Path) -> str:
+    """The stage that a state belongs to."""
+    return folder.name.partition("-")[0]
+
+
+def adopt(folder: Path) -> Path:
+    """Give the state of an unfinished run to today's code, in place of what that has saved of the same run.
+
+    Returns:
+        The state's new folder.
+
+    Raises:
+        UserError: there is no such state, it is today's already, or a process holds one of the two.
+    """
+    stage, run = stage_of(folder), folder.name.rpartition("-")[0].partition("-")[2]
+    new = state_folder(folder.parent, stage, run)
+    if not folder.is_dir() or folder == new:
+        what = "is the state of today's code already" if folder.is_dir() else "there is no such state"
+        raise UserError(f"{folder}: {what}; make states shows all")
+    if in_use(folder) or (new.exists() and not discard(new)):
+        raise UserError(f"{folder}: a stage is running on this state or on the one that it replaces; stop it first")
+    folder.rename(new)
+    write_file(new / ORIGIN, json.dumps(origin(stage)).encode())
+    return new
 
 
 def states(parent: Path, stage: str = "*") -> list[Path]:
@@ -133,11 +166,28 @@ class ResumeState:
             if os.fstat(self._lock.fileno()).st_nlink:
                 break
             self._lock.close()  # removed while this process waited for it
-        stage = self.folder.name.rpartition("-")[0]
+        stage = stage_of(self.folder)
+        if not (self.folder / ORIGIN).exists():
+            self._report_other_origins(stage)
+            write_file(self.folder / ORIGIN, json.dumps(origin(stage)).encode())
         others = [folder for folder in states(self.folder.parent, stage) if folder != self.folder]
         for folder in others[: max(0, len(others) + 1 - MOST)]:
             if discard(folder):
                 print(f"{folder}: removed, the oldest of more than {MOST} unfinished runs", file=sys.stderr)
+
+    def _report_other_origins(self, stage: str) -> None:
+        """Print a line where the same run has a state that other code or other libraries have made."""
+        for other in self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*"):
+            if other == self.folder or not (other / ORIGIN).exists():
+                continue
+            there, here = json.loads((other / ORIGIN).read_bytes()), origin(stage)
+            changed = sorted(name for name in there | here if there.get(name) != here.get(name))
+            print(
+                f"{other}: an unfinished run of these parameters and data, with another version of "
+                f"{', '.join(changed)}; it is kept, and this run starts over. To resume it instead, stop this run "
+                f"and type: make states ADOPT={other.name}",
+                file=sys.stderr,
+            )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if distributed.rank() == 0:

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ddpm.files import write_file
 
 GAP = 2  # pixels of white between images
 TILE = 64  # pixels that a shown image has at least
@@ -62,9 +65,9 @@ def save_film(moments: Sequence[np.ndarray], path: str | Path) -> None:
         moments: at least two, uint8 (N, H, W, C) each. Whatever shows only one picture of the file shows the last.
     """
     frames = [tile(images, min(FILM_COLUMNS, len(images))) for images in moments]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    buffer = BytesIO()
     frames[-1].save(
-        path,
+        buffer,
         format="PNG",
         optimize=True,
         save_all=True,
@@ -73,9 +76,11 @@ def save_film(moments: Sequence[np.ndarray], path: str | Path) -> None:
         duration=[FILM_START, *[FILM_PACE] * (len(frames) - 2), FILM_END],
         loop=0,
     )
+    write_file(path, buffer.getbuffer())
 
 
 def save(picture: Image.Image, path: str | Path) -> None:
     """Write a PNG, the same bytes for the same picture; the folder is made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG", optimize=True)
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    write_file(path, buffer.getbuffer())

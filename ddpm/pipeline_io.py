@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm.diffusion import DiffusionConfig, Prediction
 from ddpm.errors import UserError
+from ddpm.files import write_file
 from ddpm.targets import shown
 from ddpm.unet import UNet, UNetConfig
 
@@ -75,8 +76,6 @@ def save_model(folder: str | Path, unet: UNet, diffusion: DiffusionConfig, prove
     The same model and provenance give the same bytes.
     """
     folder = Path(folder)
-    for part in ("unet", "scheduler"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
     _write_json(
         folder / "model_index.json",
         {
@@ -90,10 +89,9 @@ def save_model(folder: str | Path, unet: UNet, diffusion: DiffusionConfig, prove
     if unet.config.class_names:
         _write_json(folder / CLASSES, list(unet.config.class_names))
     weights = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
-    # (save_file reports a full disk as an error of its own, without its number)
-    (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
+    write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
     _write_json(folder / TRAINING, provenance)
-    (folder / "README.md").write_text(_card(unet, diffusion), encoding="utf-8")
+    write_file(folder / "README.md", _card(unet, diffusion).encode())
 
 
 def load_model(folder: str | Path) -> tuple[UNet, DiffusionConfig]:
@@ -237,7 +235,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write_json(path: Path, value: dict[str, Any] | list[str]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _read_json(path: Path, kind: type = dict) -> Any:

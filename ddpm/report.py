@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config import Evaluate, Sample
+from ddpm.files import write_file
 
 DIGITS = 4  # of every number that is written: what is the same on every machine, and more than its spread
 
@@ -19,8 +20,7 @@ def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 def write_json(path: Path, rows: Mapping[str, Any] | list[dict[str, Any]]) -> None:
     """Write one row of values, or a list of them; the folder is made."""
     content = [rounded(row) for row in rows] if isinstance(rows, list) else rounded(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def card(

@@ -24,6 +24,7 @@ def main(params: Any) -> None:
     from ddpm.device import choose_device, memory_faults, memory_format
     from ddpm.diffusion import GaussianDiffusion
     from ddpm.evaluation import Split, evaluate
+    from ddpm.files import write_file
     from ddpm.pipeline_io import load_model, training_run, weights_sha256
     from ddpm.report import rounded, write_json
     from ddpm.tracking import Tracker
@@ -59,7 +60,7 @@ def main(params: Any) -> None:
             for name, rows in done.plots.items():
                 write_json(RESULTS / f"{name}.json", rows)
             write_json(RESULTS / "metrics.json", done.values)
-            (RESULTS / "card.md").write_text(done.card, encoding="utf-8")
+            write_file(RESULTS / "card.md", done.card.encode())
         tracker.log_picture(0, "neighbours", done.neighbours, RESULTS)
         tracker.log(0, rounded(done.values))
         state.remove()

@@ -21,6 +21,7 @@ def main(params: Any) -> None:
     from ddpm.checkpoint import ResumeState, fingerprint, state_folder
     from ddpm.device import choose_device, memory_faults, memory_format
     from ddpm.diffusion import GaussianDiffusion
+    from ddpm.files import write_file
     from ddpm.images import to_pixels
     from ddpm.pipeline_io import load_model, training_run, weights_sha256
     from ddpm.tracking import Tracker
@@ -53,10 +54,9 @@ def main(params: Any) -> None:
         images = samplers.draw(unet, diffusion, p, p.seed, p.count, device, on_step=watch, keep=state.keep)
         moments = dict(zip(watched, state.kept("moments", lambda: np.stack(seen)), strict=True))
         if distributed.rank() == 0:
-            SAMPLES.parent.mkdir(exist_ok=True)
-            buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
+            buffer = io.BytesIO()
             np.save(buffer, images)
-            SAMPLES.write_bytes(buffer.getbuffer())
+            write_file(SAMPLES, buffer.getbuffer())
         tracker.log_picture(0, "grid", pictures.grid(images[: p.grid]), RESULTS)
         strip = np.stack([moments[i][:STRIP_ROWS] for i in sorted(shown)], axis=1)  # a row an image, a column a moment
         strip = strip.reshape(-1, *images.shape[1:])

@@ -1,6 +1,5 @@
 """train: data/prepared -> models/ddpm (averaged weights) and results/train (curves, pictures)."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ def main(params: Any) -> None:
     from ddpm.data import load_images, load_info, load_labels, watch
     from ddpm.device import choose_device
     from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+    from ddpm.files import write_file
     from ddpm.pipeline_io import save_model, weights_sha256
     from ddpm.tracking import Tracker
     from ddpm.training import Job, train
@@ -58,7 +58,8 @@ def main(params: Any) -> None:
             raise UserError(f"{DATA}: was changed while the training ran; nothing of it is kept; run it again")
         tracker.finish()
         if distributed.rank() == 0:
-            shutil.copytree(pictures, RESULTS / "pictures", dirs_exist_ok=True)
+            for picture in pictures.iterdir():
+                write_file(RESULTS / "pictures" / picture.name, picture.read_bytes())
             save_model(MODEL, averaged, diffusion, provenance={"run": run, "data": data, "params": config} | start)
         state.remove()
 

@@ -1,10 +1,8 @@
 import fcntl
 import hashlib
-import importlib.util
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import checkpoint, errors, runtime
+from ddpm import checkpoint, imports, runtime
 from ddpm.checkpoint import MOST, ResumeState, fingerprint, not_kept, state_folder, states
 from ddpm.errors import UserError
 from tests.conftest import ROOT
@@ -396,24 +394,59 @@ def test_a_crash_while_a_part_is_kept_leaves_none(state, monkeypatch):
     assert state.kept("part", lambda: np.arange(3) + 1)[0] == 1
 
 
-def test_the_fingerprint_follows_the_text_of_our_modules_and_not_their_place(monkeypatch, tmp_path):
-    before = fingerprint(PARAMS)
-    copy = tmp_path / "copy.py"
-    shutil.copy(errors.__file__, copy)
-    monkeypatch.setattr(errors, "__file__", str(copy))
-    assert fingerprint(PARAMS) == before
-    copy.write_text(copy.read_text() + "# changed\n")
-    assert fingerprint(PARAMS) != before
-
-
-def test_the_fingerprint_follows_the_text_of_the_stage_that_runs(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("stages.run", tmp_path / "run.py")
+def test_the_name_of_a_run_does_not_follow_the_code_and_its_state_does(monkeypatch, tmp_path):
+    monkeypatch.setattr(imports, "ROOT", tmp_path / "code")
+    for path in ("stages/train.py", "ddpm/a.py", "ddpm/b.py"):
+        (tmp_path / "code" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "code" / path).write_text("def f():\n    from ddpm import a\n")
     names = []
-    for text in ("1", "2", "1"):
-        (tmp_path / "run.py").write_text(text)
-        monkeypatch.setitem(sys.modules, "__main__", importlib.util.module_from_spec(spec))  # as `python -m` does
-        names.append(fingerprint(PARAMS))
-    assert names[0] == names[2] != names[1]
+    for path in (None, "stages/train.py", "ddpm/a.py", "ddpm/b.py"):
+        if path:
+            (tmp_path / "code" / path).write_text("def f():\n    from ddpm import a  # clearer\n")
+        names.append((fingerprint(PARAMS), state_folder(tmp_path, "train", fingerprint(PARAMS)).name))
+    assert len({run for run, _ in names}) == 1
+    assert len({state for _, state in names}) == 3
+    assert names[2] == names[3], "ddpm/b.py is imported by nothing"
+
+
+@pytest.fixture
+def two_origins(tmp_path, monkeypatch):
+    """A state that other code has saved, and the folder for the same run of today's code."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "code_of", lambda stage: {"ddpm/unet.py": "1", "ddpm/old.py": "2"})
+        with ResumeState(state_folder(tmp_path / ".state", "train", "abc")) as old:
+            save(old, {"step": 7})
+    monkeypatch.setattr(checkpoint, "code_of", lambda stage: {"ddpm/unet.py": "3"})
+    yield old.folder, state_folder(tmp_path / ".state", "train", "abc")
+
+
+def test_a_state_of_other_code_is_reported_with_the_files_that_differ(two_origins, capsys):
+    old, new = two_origins
+    for printed in (True, False):  # once: the second time this code has a state of its own
+        with ResumeState(new) as state:
+            assert state.load() is None
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == printed
+        for line in lines:
+            assert "another version of ddpm/old.py, ddpm/unet.py;" in line
+            assert line.endswith(f"make states ADOPT={old.name}")
+    assert old.exists()
+
+
+def test_an_adopted_state_is_resumed_by_todays_code(two_origins, capsys):
+    old, new = two_origins
+    with ResumeState(new) as started_over:
+        save(started_over, {"step": 1})
+        with pytest.raises(UserError, match="stop it first"):
+            checkpoint.adopt(old)
+    assert checkpoint.adopt(old) == new
+    capsys.readouterr()
+    with ResumeState(new) as state:
+        assert state.load() == {"step": 7}
+    assert capsys.readouterr().err == ""
+    for name in (new, old):
+        with pytest.raises(UserError, match="make states shows all"):
+            checkpoint.adopt(name)
 
 
 def test_the_fingerprint_is_the_same_in_every_process():

@@ -11,34 +11,17 @@ import yaml
 from dvc.utils.hydra import compose_and_dump
 
 from ddpm.config import Params
+from ddpm.imports import stage_files
 from tests.conftest import ROOT
 
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 STAGES = list(GRAPH)
 
 
-def imports(module: str, seen: set[str]) -> set[str]:
-    """The project's files that a module imports, anywhere in its text, directly or not."""
-    path = module.replace(".", "/") + ".py"
-    if path in seen or not (ROOT / path).exists():
-        return seen
-    seen.add(path)
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("ddpm", "stages"):
-            imports(str(node.module), seen)
-            for name in node.names:
-                imports(f"{node.module}.{name.name}", seen)
-        elif isinstance(node, ast.Import):
-            for name in node.names:
-                imports(name.name, seen)
-    return seen
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_code_deps_of_a_stage_are_its_import_closure(stage):
     declared = {dep for dep in GRAPH[stage]["deps"] if dep.startswith(("ddpm/", "stages/"))}
-    closure = {path for path in imports(f"stages.{stage}", set()) if not path.endswith("__init__.py")}
-    assert declared == closure
+    assert declared == set(stage_files(stage))
 
 
 def test_package_files_that_no_stage_declares_are_empty():

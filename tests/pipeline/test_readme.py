@@ -62,6 +62,7 @@ def with_samples(clone: Clone, printed: str) -> None:
 
 
 def images(clone: Clone) -> None:
+    (clone.folder / "data/raw").mkdir()
     for i in range(24):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(clone.folder / f"data/raw/{i}.png")

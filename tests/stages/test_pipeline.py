@@ -18,7 +18,6 @@ import wandb
 from omegaconf import OmegaConf
 from PIL import Image
 
-import ddpm.evaluation  # noqa: F401  the run's name follows from the code that is loaded: all of it, before the first
 from ddpm.checkpoint import ResumeState
 from ddpm.config import check
 from ddpm.errors import UserError
