@@ -34,7 +34,7 @@ def folder(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet/diffusion_pytorch_model.safetensors").symlink_to("/dev/full")
+    (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # what is renamed at the end
     with pytest.raises(OSError, match="No space left") as fault:
         save_model(tmp_path, small_unet(), CONFIG, {})
     assert fault.value.errno == errno.ENOSPC  # which run_stage tells in one line
