@@ -6,12 +6,17 @@ OUT ?= curves.png
 CLEAN ?=
 ADOPT ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params lock
+.PHONY: help repro check test test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
 export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
-INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# uv is fetched where there is none; where it cannot be had or fails, pip installs the same
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+define install
+{ command -v uv >/dev/null || $(PIP) --constraint requirements-dev.txt uv; } \
+    && uv pip install --quiet --python $(VENV)/bin/python $(1) || $(PIP) $(1)
+endef
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +25,9 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 	dvc repro
 	@echo && dvc metrics show
 	@echo && echo "Pictures to look at:" && ls -1 results/*/*.png results/train/pictures/*.png
+
+check: lint ## Lint, types, and the tests that need no dvc, no clone and no second process
+	pytest -n 2 -m "not process and not pipeline and not slow and not remote"
 
 test: lint ## Lint, types, and the whole test suite with coverage
 	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
@@ -41,10 +49,10 @@ verify-cpu: $(VENV)/.dev ## Compare the bytes of a tiny run with those on other 
 	@command -v qemu-x86_64 >/dev/null || { echo "qemu-x86_64 is missing: apt-get install qemu-user"; exit 1; }
 	python -m tests.robustness.cpus
 
-kills: $(VENV)/.dev ## Kill the pipeline 100 times at random moments: does the end have the bytes of an untouched run?
+kills: $(VENV)/.dev ## Kill the pipeline 100 times at random moments, and compare the bytes with an undisturbed run
 	python -m tests.robustness.kills
 
-fuzz: $(VENV)/.dev ## Feed damaged and hostile parameters, images, models and states: is each told in one line?
+fuzz: $(VENV)/.dev ## Feed damaged and hostile parameters, images, models and states: each must end in one line
 	python -m tests.robustness.fuzz
 
 lint: $(VENV)/.dev ## ruff and mypy
@@ -53,24 +61,23 @@ lint: $(VENV)/.dev ## ruff and mypy
 	mypy
 
 plots: $(VENV)/.run ## Write the page of curves and pictures; REV="main other" compares revisions
-	python tools/plots_page.py .dvc/tmp/page.html
+	python -m tools.plots_page .dvc/tmp/page.html
 	dvc plots $(if $(REV),diff $(REV),show) --html-template .dvc/tmp/page.html --out dvc_plots
 
 curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
-	dvc plots diff $(REV) --targets results/train/plots/metrics/loss.tsv --template curve_log --title "Training loss" \
-	    --x-label "training step" --y-label "mean squared error (log scale)" --show-vega | \
-	    python -c 'import json, sys, vl_convert; look = {"legend": {"title": None, "orient": "top"}}; \
-	    spec = json.load(sys.stdin) | {"width": 560, "height": 300, "config": look}; \
-	    open("$(OUT)", "wb").write(vl_convert.vegalite_to_png(spec, scale=1.5))'
+	python -m tools.curves $(OUT) $(REV)
 
 exps: $(VENV)/.run ## Show the experiments: what was changed, how good the samples are, what failed
-	python tools/exps.py
+	python -m tools.exps
 
 states: $(VENV)/.run ## Show the states of unfinished runs; CLEAN=1 deletes them, ADOPT=<name> gives one to today's code
 	python -m tools.states $(if $(CLEAN),--clean) $(if $(ADOPT),--adopt $(ADOPT))
 
 params: $(VENV)/.run ## Compose params.yaml from conf/, as dvc exp run does
-	python -c 'from dvc.utils.hydra import compose_and_dump as c; c("params.yaml", "$(CURDIR)/conf", None, "config", "", [])'
+	python -m tools.params
+
+deps: $(VENV)/.run ## Write the modules that each stage imports into dvc.yaml
+	python -m tools.deps
 
 lock: $(VENV)/.dev ## Compile the pinned requirements again from pyproject.toml
 	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --upgrade \
@@ -81,19 +88,20 @@ lock: $(VENV)/.dev ## Compile the pinned requirements again from pyproject.toml
 	    pyproject.toml --extra remote -c requirements-dev.txt -o requirements-remote.txt
 
 # The stamps say which requirements are installed; a newer file installs again
-$(VENV)/.run: requirements.txt
+$(VENV)/.run: requirements.txt pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) -r requirements.txt
+	$(call install,-r requirements.txt)
+	$(call install,--no-deps --no-build-isolation --editable .)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
-	$(INSTALL) -r requirements-dev.txt
+	$(call install,-r requirements-dev.txt)
 	@touch $@
 
 $(VENV)/.bench: benchmarks/requirements.txt $(VENV)/.dev
-	$(INSTALL) -r benchmarks/requirements.txt
+	$(call install,-r benchmarks/requirements.txt)
 	@touch $@
 
 $(VENV)/.remote: requirements-remote.txt $(VENV)/.dev
-	$(INSTALL) -r requirements-remote.txt
+	$(call install,-r requirements-remote.txt)
 	@touch $@

@@ -170,7 +170,7 @@ def test_an_override_reruns_only_what_uses_it_and_its_experiment_is_kept_or_forg
     assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
     smoke.run("git", "restore", ".")
     smoke.dvc("exp", "rename", "ddpm-sampler", "ancestral")
-    (row,) = (line for line in smoke.run("python", "tools/exps.py").stdout.splitlines() if "ancestral" in line)
+    (row,) = (line for line in smoke.run("python", "-m", "tools.exps").stdout.splitlines() if "ancestral" in line)
     assert len(re.findall(r"\d\.\d{4}", row)) == 5, "all numbers but bits/dim, which were not asked for"
     smoke.dvc("exp", "apply", "ancestral")
     assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
@@ -202,7 +202,7 @@ def test_a_trial_of_a_queued_sweep_that_diverges_is_told_as_failed_and_does_not_
     log = smoke.dvc("queue", "status")
     failed = next(line.split()[1] for line in log.splitlines() if "Failed" in line)
     assert "training diverged" in smoke.dvc("queue", "logs", failed)
-    table = smoke.run("python", "tools/exps.py").stdout
+    table = smoke.run("python", "-m", "tools.exps").stdout
     row = next(line.split() for line in table.splitlines() if line.strip().startswith(failed))
     assert row[:2] == [failed, "failed"], table
     assert "1e+30" in row, table
