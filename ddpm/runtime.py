@@ -67,6 +67,7 @@ def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
         signal.signal(signum, _interrupt)
     try:
         _die_with_parent()
+        _check_checkout()
         from ddpm.config import load_params  # takes its time to load: signals have to be told in one line by now
 
         params = load_params(sections)
@@ -103,6 +104,16 @@ def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
     finally:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)  # what is done is done: the process ends by itself now
+
+
+def _check_checkout() -> None:
+    """Refuse a stage that runs as a script with the `ddpm` of another checkout, where that one is installed.
+
+    Python looks for a script's imports in the script's own folder, not in the folder above; `-m` does.
+    """
+    script, library = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    if script.parent.name == "stages" and script.parents[1] != library:
+        raise UserError(f"{script}: imports ddpm from {library}, another checkout: python -m stages.{script.stem}")
 
 
 def _exit_with(text: str) -> None:
@@ -189,10 +200,11 @@ def _run_several(runtime: Any) -> None:
     count = runtime.processes or max(1, torch.cuda.device_count())
     threads = runtime.threads or max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    stage = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+    module = sys.modules["__main__"].__spec__
+    stage = ["--module", module.name] if module else [sys.argv[0]]  # as `python -m stages.train`, or as a script
     here = [] if "PET_NNODES" in os.environ else ["--standalone"]
     try:
-        run(parse_args([*here, f"--nproc-per-node={count}", "--max-restarts=0", "--module", stage]))
+        run(parse_args([*here, f"--nproc-per-node={count}", "--max-restarts=0", *stage]))
     except SignalException as stop:
         raise Interrupted(stop.sigval) from None
     except ChildFailedError as fault:

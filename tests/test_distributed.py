@@ -46,10 +46,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def start(folder: Path, stage: str, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+def start(folder: Path, stage: str, *overrides: str, script: bool = False, **variables: str) -> subprocess.Popen[str]:
     (folder / "params.yaml").write_text(OmegaConf.to_yaml(composed(*TRAINING, *overrides)))
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
-    command = [sys.executable, "-m", f"stages.{stage}"]
+    command = [sys.executable, *([f"{ROOT}/stages/{stage}.py"] if script else ["-m", f"stages.{stage}"])]
     alone = "DVC_STAGE" not in variables  # dvc and its stages are in one group
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -135,6 +135,10 @@ def on_two_machines(place: Path, *overrides: str) -> str:
     first = start(place, "train", *overrides, DVC_STAGE="train", **meeting)
     second = start(place, "train", *overrides, **meeting)
     return finish(first) + finish(second)
+
+
+def test_a_stage_run_as_a_script_launches_its_processes(place):
+    assert "one of 2 processes" in finish(start(place, "train", *SEVERAL, "train.steps=1", script=True))
 
 
 def test_two_machines_train_as_one(place):

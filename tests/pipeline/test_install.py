@@ -1,0 +1,71 @@
+"""An editable install makes `ddpm` importable from anywhere, and a stage run as a script does what `-m` does."""
+
+import hashlib
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.conftest import ROOT, composed
+from tests.pipeline.conftest import Clone, make_clone
+
+FEW = ("+experiment=smoke", "runtime.threads=1", "train.steps=2", "tracking.wandb=disabled")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone, installed by the Makefile's own options into an environment that has all its requirements."""
+    folder = tmp_path_factory.mktemp("installed")
+    clone = make_clone(folder / "clone")
+    environment = folder / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    paths = {"base": str(environment), "platbase": str(environment)}
+    (Path(sysconfig.get_path("purelib", vars=paths)) / "requirements.pth").write_text(sysconfig.get_path("purelib"))
+    options = ["--no-deps", "--no-build-isolation", "--editable"]
+    assert f"{' '.join(options)} ." in (ROOT / "Makefile").read_text()
+    clone.run("uv", "pip", "install", "--offline", "--python", f"{environment}/bin/python", *options, ".")
+    clone.env["PATH"] = f"{environment}/bin:{clone.env['PATH']}"
+    (clone.folder / "params.yaml").write_text(OmegaConf.to_yaml(composed(*FEW)))
+    return clone
+
+
+def outputs(clone: Clone) -> dict[str, str]:
+    files = [path for name in ("data/prepared", "models/ddpm") for path in (clone.folder / name).rglob("*.*")]
+    return {str(path): hashlib.md5(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_library_is_imported_from_anywhere(installed: Clone, tmp_path: Path) -> None:
+    elsewhere = Clone(tmp_path)
+    elsewhere.env = installed.env
+    found = elsewhere.run("python", "-c", "import ddpm.unet; print(ddpm.unet.__file__)").stdout
+    assert Path(found.strip()) == installed.folder / "ddpm/unet.py"
+
+
+def test_only_the_library_is_installed(installed: Clone, tmp_path: Path) -> None:
+    elsewhere = Clone(tmp_path)
+    elsewhere.env = installed.env
+    code = "import importlib.util as u; print([n for n in ('stages', 'tools', 'conf') if u.find_spec(n)])"
+    assert elsewhere.run("python", "-c", code).stdout == "[]\n"
+
+
+def test_a_stage_run_as_a_script_gives_the_bytes_of_the_module(installed: Clone) -> None:
+    for stage in ("prepare_data", "train"):
+        installed.run("python", "-m", f"stages.{stage}")
+    by_module = outputs(installed)
+    for stage in ("prepare_data", "train"):
+        installed.run("python", f"stages/{stage}.py")
+    assert len(by_module) > 8 and outputs(installed) == by_module
+    untracked = installed.run("git", "ls-files", "--others", "--exclude-standard").stdout
+    assert untracked == "", "what an installation leaves is ignored"
+
+
+def test_a_script_with_the_library_of_another_checkout_is_refused(installed: Clone, tmp_path: Path) -> None:
+    other = make_clone(tmp_path / "other")
+    other.env = installed.env
+    done = other.run("python", "stages/train.py", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    told = f"imports ddpm from {installed.folder}, another checkout: python -m stages.train"
+    assert done.stderr == f"error: {other.folder}/stages/train.py: {told}\n"

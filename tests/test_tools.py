@@ -1,0 +1,134 @@
+"""What `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tools import curves, deps, exps, params, plots_page
+
+GRAPH = """\
+# a comment
+stages:
+  prepare:
+    cmd: exec python -m stages.prepare  # of its own
+    outs:
+      - stages/other.py
+
+  one:
+    cmd: exec python -m stages.one
+    deps:
+      - data/prepared
+      # the library
+      - ddpm/gone.py
+      - stages/one.py  # the script
+      - ${dataset.path}
+    params:
+      - ddpm/kept.py
+"""
+MODULES = {
+    "stages/one.py": "from ddpm import a\ndef f():\n    from ddpm.room import c as d\n",
+    "stages/prepare.py": "import ddpm.a\n",
+    "ddpm/__init__.py": "",
+    "ddpm/a.py": "import ddpm.b, numpy\n",
+    "ddpm/b.py": "from ddpm.a import x\nfrom .e import y\n",
+    "ddpm/e.py": "",
+    "ddpm/room/__init__.py": "",
+    "ddpm/room/c.py": "",
+    "ddpm/unused.py": "",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for name, text in MODULES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "dvc.yaml").write_text(GRAPH.replace("    outs:", "    deps:\n      - ddpm/a.py\n    outs:"))
+    return tmp_path
+
+
+def test_a_closure_follows_imports_in_functions_and_circles(project):
+    closure = {f"ddpm/{name}.py" for name in ("a", "b", "e", "room/c")} | {"stages/one.py"}
+    assert deps.closure("stages.one", project) == closure
+
+
+def test_stale_deps_are_refused_by_check_and_mended_without(project, monkeypatch):
+    monkeypatch.chdir(project)
+    before = Path("dvc.yaml").read_text()
+    monkeypatch.setattr(sys, "argv", ["deps", "--check"])
+    with pytest.raises(SystemExit, match="run make deps"):
+        deps.main()
+    assert Path("dvc.yaml").read_text() == before
+    monkeypatch.setattr(sys, "argv", ["deps"])
+    deps.main()
+    listed = "".join(f"      - ddpm/{name}.py\n" for name in ("a", "b", "e", "room/c"))
+    assert Path("dvc.yaml").read_text() == before.replace("      - ddpm/gone.py\n", listed).replace(
+        "      - ddpm/a.py\n    outs:",
+        "".join(f"      - ddpm/{name}.py\n" for name in ("a", "b", "e")) + "      - stages/prepare.py\n    outs:",
+    )
+    monkeypatch.setattr(sys, "argv", ["deps", "--check"])
+    deps.main()
+
+
+def test_a_stage_without_deps_is_refused_and_takes_no_other_list(project):
+    with pytest.raises(SystemExit, match=r"stages\.prepare has no list `deps:`"):
+        deps.refreshed(GRAPH, project)
+
+
+def test_deps_of_the_committed_graph_are_fresh_byte_for_byte():
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert deps.refreshed(text, ROOT) == text
+
+
+def test_stale_params_are_refused_by_check_and_mended_without(tmp_path, monkeypatch):
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    (tmp_path / "params.yaml").write_text("stale")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["params", "--check"])
+    with pytest.raises(SystemExit, match="run make params"):
+        params.main()
+    assert Path("params.yaml").read_text() == "stale"
+    monkeypatch.setattr(sys, "argv", ["params"])
+    params.main()
+    assert Path("params.yaml").read_text() == (ROOT / "params.yaml").read_text()
+
+
+def test_the_plots_page_loads_nothing_from_an_address():
+    template = (ROOT / plots_page.PAGE).read_text(encoding="utf-8")
+    page = plots_page.page(template)
+    assert "{scripts}" in template and "{scripts}" not in page
+    assert "vegaEmbed" in page and "<script src" not in page
+
+
+def test_a_row_of_a_failed_trial_shows_no_numbers():
+    row = {"State": "Failed", "loss": 1.0}
+    assert exps.number(row, "loss") is None
+    assert exps.number(row | {"State": "Success"}, "loss") == 1.0
+    assert exps.number({"State": None, "loss": "-"}, "loss") is None
+
+
+def test_a_parameter_is_shown_in_few_characters():
+    assert exps.shown("optimizer._target_", "torch.optim.RMSprop") == "RMSprop"
+    assert [exps.shown("x", value) for value in (1e-5, None, [3, 8])] == ["1e-05", "-", "[3, 8]"]
+
+
+@pytest.mark.process
+def test_curves_of_an_unknown_revision_end_with_the_words_of_dvc(tmp_path):
+    command = [sys.executable, "-m", "tools.curves", str(tmp_path / "x.png"), "no-such-revision"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode and "no-such-revision" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_curves_are_those_of_a_file_that_a_stage_writes():
+    assert f"- {curves.LOSS}:" in (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+
+
+def test_make_holds_no_python_and_runs_each_tool_as_a_module():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "python -c" not in text and "python tools/" not in text
+    for tool in (ROOT / "tools").glob("*.py"):
+        assert f"python -m tools.{tool.stem}" in text, tool.name
