@@ -45,7 +45,8 @@ def timesteps(total: int, steps: int, spacing: Spacing) -> list[int]:
     if spacing == "leading":
         chosen = np.arange(steps) * (total // steps)
     elif spacing == "trailing":
-        chosen = np.round(np.arange(total, 0, -total / steps)) - 1
+        # [:steps]: the rounding of arange lets a zero through at 62 of the 1,000 step counts of 1,000 timesteps
+        chosen = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
     elif spacing == "linear":
         chosen = np.round(np.linspace(0, total - 1, steps))
     else:

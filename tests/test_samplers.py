@@ -1,5 +1,6 @@
 import math
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -150,6 +151,16 @@ def test_spacings_equal_diffusers(spacing, steps):
     scheduler = DDIMScheduler(timestep_spacing={"linear": "linspace"}.get(spacing, spacing))
     scheduler.set_timesteps(steps)
     assert samplers.timesteps(1000, steps, spacing) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing", get_args(samplers.Spacing))
+def test_every_spacing_visits_distinct_timesteps_of_the_model(spacing):
+    """At every number of steps: index -1 would be the noisiest timestep, at the clean end of the path."""
+    for steps in range(1, 1001):
+        path = samplers.timesteps(1000, steps, spacing)
+        assert path == sorted(set(path), reverse=True)
+        assert 0 <= path[-1] <= path[0] < 1000
+        assert len(path) == steps or spacing == "quadratic"
 
 
 def test_quadratic_spacing_is_that_of_ddim():

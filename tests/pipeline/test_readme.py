@@ -1,4 +1,4 @@
-"""Every command that README.md shows is run, in a scratch clone: a new one has to be added to VERIFIED."""
+"""Every command that the documents show is run, in a scratch clone: a new one has to be added to VERIFIED."""
 
 import json
 import re
@@ -18,7 +18,9 @@ from tests.pipeline.conftest import SMOKE as OVERRIDES
 from tests.pipeline.conftest import Clone, git_clone
 from tests.pipeline.test_dvc import wait_for_queue
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# the documents as one text
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 VENV = Path(sys.executable).parents[1]
 INSTALLED = f"VENV='{VENV}' -o '{VENV}/.run' -o '{VENV}/.dev'"  # make takes this environment for up to date
 
@@ -34,7 +36,7 @@ class Verified(NamedTuple):
 
 def blocks(language: str) -> list[list[str]]:
     """The commands of each code block in that language, without their comments."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     return [
         [line for raw in block.replace("\\\n", "").splitlines() if (line := re.sub(r"(^|\s+)#.*", "", raw))]
         for block in found
@@ -43,8 +45,8 @@ def blocks(language: str) -> list[list[str]]:
 
 def table(head: str) -> list[list[list[str]]]:
     """The table with that head: by row and column, what stands in backticks."""
-    found = re.search(rf"^{re.escape(head)}\n((?:\|.*\n)+)", README, re.MULTILINE)
-    assert found, f"README.md has no table headed {head}"
+    found = re.search(rf"^{re.escape(head)}\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
+    assert found, f"no page has a table headed {head}"
     rows = (row.strip("|").split("|") for row in found[1].splitlines()[1:])
     return [[re.findall(r"`([^`]*)`", cell) for cell in row] for row in rows]
 
@@ -111,6 +113,21 @@ def at_hand(clone: Clone, printed: str) -> None:
     assert "ddpm@v1.0.0" in clone.run("git", "ls-remote", "--tags", "origin").stdout
 
 
+def nowhere(clone: Clone) -> Clone:
+    folder = clone.folder.parent / "empty"
+    folder.mkdir()
+    return Clone(folder)
+
+
+def is_cloned(clone: Clone, printed: str) -> None:
+    assert (clone.folder / "ddpm/dvc.lock").exists()
+
+
+def back_home(clone: Clone) -> Clone:
+    """Where the outputs are at hand, so that nothing has to run."""
+    return Clone(clone.folder.parent / "author")
+
+
 def nothing_ran(clone: Clone, printed: str) -> None:
     assert "Running stage" not in printed
 
@@ -138,6 +155,10 @@ def key_is_not_in_git(clone: Clone, printed: str) -> None:
 
 def is_the_default(clone: Clone, printed: str) -> None:
     assert (clone.folder / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def is_unchanged(clone: Clone, printed: str) -> None:
+    assert (clone.folder / "dvc.yaml").read_bytes() == (ROOT / "dvc.yaml").read_bytes()
 
 
 def shallow(clone: Clone) -> Clone:
@@ -201,6 +222,20 @@ def has_param(section: str, key: str, value: object) -> Callable[[Clone, str], N
     return check
 
 
+def dry_run(printed: str) -> Verified:
+    """Of a target that takes too long, or is the suite itself: what it would run."""
+    return Verified(f"{INSTALLED} -o '{VENV}/.bench' -o '{VENV}/.remote' -n", after=contains(printed))
+
+
+LONG = {
+    "bench": "python -m benchmarks",
+    "kills": "python -m tests.robustness.kills",
+    "lock": "uv pip compile",
+    "test-remote": "pytest -m remote",
+    "test-slow": "pytest -m slow",
+    "verify": "python -m tests.robustness.verify",
+    "verify-cpu": "python -m tests.robustness.cpus",
+}
 SMOKE = " ".join(OVERRIDES)
 TRAIN = f"{SMOKE} -S train.steps=4 train"  # that stage alone
 TINY = (
@@ -210,6 +245,7 @@ TINY = (
     "-S dataset.test_fraction=0.5 -S dataset.image_size=16 -S runtime.threads=1"
 )
 PLACES = {  # what a person replaces by their own
+    "<address of this repository>": "{parent}/author",
     "<name>": "HEAD",
     "/some/where": "..",
     "/mnt/storage/ddpm": "{parent}/storage",
@@ -221,8 +257,11 @@ PLACES = {  # what a person replaces by their own
 CROP = {"_target_": "torchvision.transforms.v2.RandomCrop", "size": 8, "padding": 1}
 
 VERIFIED = {
-    "make repro": Verified(INSTALLED, after=contains("frechet_distance", "results/sample/grid.png")),
+    "git clone <address of this repository> ddpm": Verified(before=nowhere, after=is_cloned),
+    "cd ddpm": Verified(),
+    "make repro": Verified(INSTALLED, before=back_home, after=contains("frechet_distance", "results/sample/grid.png")),
     # the suite cannot run itself; this is what it is run by
+    "make check": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "not process")),
     "make test": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "pytest -n 2")),
     "dvc repro": Verified(after=contains("up to date")),
     "dvc exp run -S train.steps=3000": Verified(TRAIN, after=contains("Running stage 'train'", "Ran experiment")),
@@ -304,29 +343,33 @@ SAID = {
     "dvc remote modify --local storage access_key_id …": Verified(after=key_is_not_in_git),
     "make help": Verified(after=contains("repro", "Run the pipeline")),
     "make repro VENV=<folder>": Verified(f"-o '{VENV}/.run'", after=contains("frechet_distance")),
-    "make bench": Verified(f"{INSTALLED} -o '{VENV}/.bench' -n", after=contains("python -m benchmarks")),
-    "make test-remote": Verified(f"{INSTALLED} -o '{VENV}/.remote' -n", after=contains("pytest -m remote")),
+    **{f"make {target}": dry_run(printed) for target, printed in LONG.items()},
     "make params": Verified(INSTALLED, after=is_the_default),
+    "make deps": Verified(INSTALLED, after=is_unchanged),
+    "dvc status -q": Verified(),
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
-    "dvc queue logs <name>": "test_dvc.py",
-    "wandb login": "../test_tracking.py",
-    "wandb sync": "../test_tracking.py",
+    "dvc queue logs <name>": "pipeline/test_dvc.py",
+    "wandb login": "test_tracking.py",
+    "wandb sync": "test_tracking.py",
+    "python stages/train.py": "pipeline/test_install.py",
+    "python -m stages.train": "pipeline/test_install.py",
+    "python -m stages.<stage>": "pipeline/test_install.py",
 }
 PROGRAMS = ("dvc", "git", "gto", "make", "pip", "python", "wandb")
 SHOWN = [*blocks("sh"), [command for row in table("| command | does |") for command in row[0]]]
 
 
-def test_every_command_of_the_readme_is_verified():
+def test_every_command_of_the_documents_is_verified():
     commands = {command for block in SHOWN for command in block}
-    sentences = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    sentences = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     said = {text for text in re.findall(r"`([^`\n]+)`", sentences) if text.split()[0] in PROGRAMS and " " in text}
     assert sorted(said - VERIFIED.keys()) == sorted([*SAID, *ELSEWHERE]), (
         "in a sentence and in no test, or not any more"
     )
-    assert sorted(commands - VERIFIED.keys()) == [], "in README.md and in no test: add them to VERIFIED"
-    assert sorted(VERIFIED.keys() - commands) == [], "in VERIFIED and no longer in README.md"
+    assert sorted(commands - VERIFIED.keys()) == [], "on a page and in no test: add them to VERIFIED"
+    assert sorted(VERIFIED.keys() - commands) == [], "in VERIFIED and on no page any more"
 
 
 @pytest.fixture
@@ -356,29 +399,32 @@ def run_all(place: Clone, commands: dict[str, Verified]) -> None:
 
 
 @pytest.mark.parametrize("block", [pytest.param(block, id=block[0], marks=marks(block)) for block in SHOWN])
-def test_the_commands_of_the_readme_do_what_it_says(author: Clone, block: list[str]) -> None:
+def test_the_commands_of_the_documents_do_what_they_say(author: Clone, block: list[str]) -> None:
     run_all(author, {command: VERIFIED[command] for command in block})
 
 
-def test_the_commands_in_the_sentences_of_the_readme_do_what_it_says(author: Clone) -> None:
+def test_the_commands_in_the_sentences_do_what_they_say(author: Clone) -> None:
     run_all(author, SAID)
 
 
 @pytest.mark.slow
-def test_the_python_of_the_readme_gives_images(author: Clone) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def test_the_python_of_the_documents_gives_images(author: Clone) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     author.env["OMP_NUM_THREADS"] = "1"  # a thousand steps, each too small to be shared out
     done = author.run("python", "-c", f"{block}\nprint([image.size for image in images])")
     assert done.stdout == f"{[(8, 8)] * 4}\n"
 
 
-def test_every_preset_is_in_the_readme_and_no_other():
-    told = [name for row in table("| `-S +experiment=` | what |") for name in row[0]]
-    assert sorted(told) == sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+@pytest.mark.parametrize(
+    "head", ["| `-S +experiment=` | what | two CPU cores | one GPU |", "| preset | what it sets |"]
+)
+def test_every_preset_is_in_the_table_and_no_other(head):
+    listed = [name for row in table(head) for name in row[0]]
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 
 
-def test_every_choice_of_every_group_is_in_the_readme_and_no_other():
+def test_every_choice_of_every_group_is_in_the_table_and_no_other():
     rows = table("| group | choices | knobs that matter most |")
-    told = {name: sorted(choices) for group, choices, _ in rows for name in group}
+    listed = {name: sorted(choices) for group, choices, _ in rows for name in group}
     folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "experiment"]
-    assert told == {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    assert listed == {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
