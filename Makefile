@@ -6,7 +6,7 @@ OUT ?= curves.png
 CLEAN ?=
 ADOPT ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -31,6 +31,12 @@ check: lint ## Lint, types, and the tests that need no dvc, no clone and no seco
 
 test: lint ## Lint, types, and the whole test suite with coverage
 	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
+
+test-stages: $(VENV)/.dev ## Of the suite, the tests that start processes
+	pytest -n 2 --dist worksteal -m "process and not pipeline and not slow and not remote"
+
+test-pipeline: $(VENV)/.dev ## Of the suite, the tests that drive dvc in a clone
+	pytest -n 2 --dist worksteal -m "pipeline and not slow and not remote"
 
 test-slow: $(VENV)/.dev ## The tests that take longer
 	pytest -m slow

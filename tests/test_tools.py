@@ -1,13 +1,15 @@
 """What `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
-from tools import curves, deps, exps, params, plots_page
+from tools import curves, deps, exps, params, plots_page, sizes
 
 GRAPH = """\
 # a comment
@@ -103,6 +105,28 @@ def test_the_plots_page_loads_nothing_from_an_address():
     assert "vegaEmbed" in page and "<script src" not in page
 
 
+def test_files_above_one_megabyte_are_refused(tmp_path, monkeypatch, capsys):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(bytes(1_000_000))
+    large.write_bytes(bytes(1_000_001))
+    monkeypatch.setattr(sys, "argv", ["sizes", str(small), str(tmp_path / "deleted")])
+    with pytest.raises(SystemExit) as done:
+        sizes.main()
+    assert not done.value.code
+    monkeypatch.setattr(sys, "argv", ["sizes", str(small), str(large)])
+    with pytest.raises(SystemExit) as done:
+        sizes.main()
+    assert done.value.code
+    assert capsys.readouterr().err.startswith(f"error: {large}: ")
+
+
+@pytest.mark.process
+def test_no_committed_file_is_above_one_megabyte():
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([sys.executable, "-m", "tools.sizes", *names.split("\0")[:-1]], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
 def test_a_row_of_a_failed_trial_shows_no_numbers():
     row = {"State": "Failed", "loss": 1.0}
     assert exps.number(row, "loss") is None
@@ -128,7 +152,22 @@ def test_the_curves_are_those_of_a_file_that_a_stage_writes():
 
 
 def test_make_holds_no_python_and_runs_each_tool_as_a_module():
-    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = (ROOT / "Makefile").read_text(encoding="utf-8") + (ROOT / ".pre-commit-config.yaml").read_text(
+        encoding="utf-8"
+    )
     assert "python -c" not in text and "python tools/" not in text
     for tool in (ROOT / "tools").glob("*.py"):
         assert f"python -m tools.{tool.stem}" in text, tool.name
+
+
+def test_the_jobs_of_ci_are_targets_that_together_run_the_suite():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    targets = [job["target"] for job in jobs["tests"]["strategy"]["matrix"]["include"]]
+    recipes = [re.search(rf"^{target}:.*\n\tpytest .*-m \"(.*)\"$", makefile, re.MULTILINE) for target in targets]
+    chosen = [recipe[1] for recipe in recipes if recipe]
+    assert len(chosen) == 3
+    for process in (False, True):
+        for pipeline in (False, True):
+            marks = {"process": process, "pipeline": pipeline, "slow": False, "remote": False}
+            assert sum(bool(eval(choice, marks)) for choice in chosen) == 1, marks
