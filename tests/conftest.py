@@ -30,6 +30,13 @@ def composed(*overrides: str) -> dict[str, Any]:
     return tree  # type: ignore[return-value]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What drives dvc in a clone is marked by its folder."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests/pipeline"):
+            item.add_marker("pipeline")
+
+
 @pytest.fixture
 def tree() -> dict[str, Any]:
     """The default parameters, to be changed freely."""

@@ -237,6 +237,7 @@ def test_code_in_a_state_with_a_right_checksum_is_passed_over_and_not_run(state,
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.process
 def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "PATIENCE", 0.2)
     folder = tmp_path / "state"
@@ -255,6 +256,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp
         assert state.load() == {"step": 1}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("end", ["pass", "state.remove()"])
 def test_a_process_waits_for_one_that_was_told_to_stop_and_holds_what_others_see(tmp_path, monkeypatch, end, capfd):
     folder = tmp_path / "state"
@@ -299,6 +301,7 @@ def test_the_oldest_unfinished_runs_of_a_stage_make_room_for_a_new_one(tmp_path,
     assert capsys.readouterr().err.splitlines() == told
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("option", [[], ["--clean"]])
 def test_what_unfinished_runs_keep_is_listed_and_cleaned_by_one_command(tmp_path, option):
     at_work, *runs = unfinished(tmp_path / ".state", ["train-a1", "train-b2", "sample-c3", "evaluate-d4.done"])
@@ -449,6 +452,7 @@ def test_an_adopted_state_is_resumed_by_todays_code(two_origins, capsys):
             checkpoint.adopt(name)
 
 
+@pytest.mark.process
 def test_the_fingerprint_is_the_same_in_every_process():
     code = f"{WITHOUT_TORCH}from ddpm.checkpoint import fingerprint; print(fingerprint({PARAMS!r}, 'hash'))"
     names = set()

@@ -427,6 +427,7 @@ def test_a_missing_file_says_where_to_run(tmp_path):
         load_params(("train",), tmp_path)
 
 
+@pytest.mark.process
 def test_reading_the_parameters_imports_neither_torch_nor_numpy():
     code = (
         "import sys, ddpm.config as c; c.load_params(('train',)); print({'torch', 'numpy', 'wandb'} & set(sys.modules))"

@@ -21,6 +21,7 @@ def drawn(first=0, last=12, **options):
     return [images for images, _ in batches(IMAGES, LABELS, steps=range(first, last), **options)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("transforms", [[], [{"_target_": "torchvision.transforms.v2.RandomHorizontalFlip"}]])
 def test_every_image_comes_with_its_own_label(transforms, workers):
@@ -44,6 +45,7 @@ def test_a_resumed_run_sees_the_batches_that_are_still_to_come(transforms):
         assert all(torch.equal(a, b) for a, b in zip(whole[first:], rest, strict=True))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing(workers):
     alone, helped = drawn(transforms=JITTER), drawn(transforms=JITTER, workers=workers)
@@ -173,6 +175,7 @@ print(len(rest), len(np.unique(rest[-len(images):])), held("RssAnon:") - before 
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
 def test_a_data_set_many_times_larger_than_the_memory_is_read_and_shuffled_exactly(tmp_path):
     """Two epochs over 900 MB with 192 MiB to spare; the file is sparse, and each image carries its index."""

@@ -141,6 +141,7 @@ def test_the_subset_is_of_each_split() -> None:
             assert np.array_equal(load(split, "labels"), labels[chosen])
 
 
+@pytest.mark.process
 def test_digits_and_folders_need_no_torch() -> None:
     for i in range(4):
         put(f"{i}.png", i)

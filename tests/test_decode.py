@@ -225,6 +225,7 @@ def test_links_stay_inside_the_folder(tmp_path: Path) -> None:
     assert image_files(tmp_path / "elsewhere")[0] == ["alias.png", "sub/a.png"]
 
 
+@pytest.mark.process
 def test_results_come_in_the_order_of_the_files_on_any_number_of_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +241,7 @@ def test_results_come_in_the_order_of_the_files_on_any_number_of_cores(
         assert [digest for chunk in chunks for digest in chunk] == expected
 
 
+@pytest.mark.process
 def test_a_file_that_cannot_be_read_is_told_with_its_name(tmp_path: Path) -> None:
     gone = tmp_path / "gone.png"
     with pytest.raises(UserError, match=f"{gone}: No such file"):
@@ -250,6 +252,7 @@ def _kill_self(path: str) -> None:
     os.kill(os.getpid(), 9)
 
 
+@pytest.mark.process
 def test_a_killed_process_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was killed, most likely because memory ran out"):
         list(in_parallel(_kill_self, [str(tmp_path)], 1, "test"))
@@ -260,6 +263,7 @@ def _first_then_sleep(path: str) -> None:
         time.sleep(60)
 
 
+@pytest.mark.process
 def test_closing_ends_the_processes_at_once(tmp_path: Path) -> None:
     before = set(multiprocessing.active_children())
     chunks = in_parallel(_first_then_sleep, [str(i) for i in range(9)], 1, "test")

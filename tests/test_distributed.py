@@ -18,6 +18,8 @@ from stages import prepare_data
 from tests.conftest import ROOT, composed
 from tests.stages.test_pipeline import run as run_here
 
+pytestmark = pytest.mark.process
+
 SEVERAL = ("runtime.launcher=torchrun", "runtime.processes=2")
 TRAINING = (
     "+experiment=smoke",

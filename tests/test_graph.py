@@ -96,6 +96,7 @@ def test_every_knob_has_a_comment_beside_it(section):
                 assert " # " in line, f"{path.name}: {key}"
 
 
+@pytest.mark.process
 def test_stages_load_without_torch_until_their_parameters_are_checked():
     for stage in STAGES:
         code = f"import sys, stages.{stage}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"

@@ -71,6 +71,7 @@ def test_work_that_does_not_move_tells_nothing(capsys, start):
     assert lines_of(capsys) == []
 
 
+@pytest.mark.process
 def test_a_log_file_gets_lines_and_standard_output_nothing():
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == ""
@@ -79,6 +80,7 @@ def test_a_log_file_gets_lines_and_standard_output_nothing():
     assert "\r" not in done.stderr
 
 
+@pytest.mark.process
 def test_on_a_terminal_there_is_a_bar():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # without a width tqdm draws nothing

@@ -13,6 +13,8 @@ from ddpm.errors import UserError
 from ddpm.runtime import REPRODUCIBLE_ENVIRONMENT, Interrupted, root, run_stage, signals_deferred
 from tests.conftest import ROOT, composed
 
+pytestmark = pytest.mark.process
+
 PATIENCE = 30  # seconds, for what takes a fraction of one on a free machine
 SCRIPT = """
 import errno, os, signal, sys, time

@@ -18,6 +18,8 @@ from ddpm.config import Tracking
 from ddpm.tracking import Tracker
 from tests.conftest import ROOT, composed
 
+pytestmark = pytest.mark.process
+
 KEY = "0123456789abcdef" * 2 + "a1b2c3d4"  # as long as a real one
 AUTO = Tracking(wandb="auto", project="ddpm")
 OFF = Tracking(wandb="disabled", project="ddpm")

@@ -109,6 +109,7 @@ def test_the_same_parameters_train_the_same_weights_whatever_was_drawn_before(tm
     assert not same(first, other)
 
 
+@pytest.mark.process
 def test_the_number_of_loader_workers_changes_nothing(tmp_path):
     crop = "train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 2}]"
     alone, _ = run(tmp_path, crop, name="a")

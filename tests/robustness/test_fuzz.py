@@ -4,6 +4,8 @@ import pytest
 
 from tests.robustness.fuzz import CHECKS, fuzz
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("kind", CHECKS)
 def test_what_is_damaged_odd_or_hostile_ends_in_a_result_or_in_lines_that_can_be_shown(kind):

@@ -10,6 +10,8 @@ from tests.conftest import ROOT
 from tests.robustness import cpus
 from tests.robustness.verify import LIBRARIES, TOLD
 
+pytestmark = pytest.mark.process
+
 
 def test_threads_and_loader_workers_change_no_byte_of_any_stage(tmp_path: Path) -> None:
     processes = []

@@ -25,6 +25,8 @@ from stages import evaluate, prepare_data, sample, train
 from tests.conftest import ROOT, composed
 from tests.test_tracking import records, values
 
+pytestmark = pytest.mark.process
+
 STAGES = (prepare_data, train, sample, evaluate)
 # a hundred timesteps: the bound takes a network evaluation for each
 SETTINGS = ("+experiment=smoke", "train.steps=24", "diffusion.timesteps=100", "runtime.threads=1")

@@ -16,6 +16,8 @@ from PIL import Image
 from ddpm.config import Dataset
 from stages import prepare_data
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS: dict[str, Any] = {
     "name": "digits",
