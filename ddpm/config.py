@@ -66,6 +66,7 @@ class Dataset(Section):
     test_fraction: Fraction
     subset: int | float | None
     on_broken: Literal["stop", "skip"]
+    max_megapixels: Annotated[float, Field(gt=0, le=100_000)] = 179  # of a folder's files; the other sets are small
 
     @field_validator("channels", mode="before")
     @classmethod

@@ -76,7 +76,7 @@ def prepare(dataset: Dataset, out: Path, downloads: Path) -> dict[str, Any]:
             labels = split.labels[chosen]
             images = [split.images[i] for i in chosen] if isinstance(split.images, list) else split.images[chosen]
             (new / name).mkdir()
-            with closing(_converted(images, source.folder, dataset.image_size, dataset.channels, name)) as chunks:
+            with closing(_converted(images, source.folder, dataset, name)) as chunks:
                 faults = _write_images(new / name / "images.npy", chunks, shape, content)
             broken += [f"{legible(images[i])}: {reason}" for i, reason in faults.items()]
             labels = np.delete(labels, list(faults)).astype("<i8")
@@ -250,13 +250,19 @@ def _split_by_content(folder: Path, files: list[str], test_fraction: float) -> d
 
 
 def _converted(
-    images: Pixels | list[str], folder: Path, size: int, channels: int, label: str
+    images: Pixels | list[str], folder: Path, dataset: Dataset, label: str
 ) -> Generator[list[Pixels | str], None, None]:
     """Chunks of images as uint8 (size, size, channels); in the place of a broken one, what is wrong with it."""
+    size, channels = dataset.image_size, dataset.channels
     chunk = max(1, min(IMAGES_A_CHUNK, BYTES_A_CHUNK // (size * size * channels)))
     if isinstance(images, list):
         paths = [str(folder / file) for file in images]
-        yield from in_parallel(partial(decode_file, size=size, channels=channels), paths, chunk, label)
+        yield from in_parallel(
+            partial(decode_file, size=size, channels=channels, max_megapixels=dataset.max_megapixels),
+            paths,
+            chunk,
+            label,
+        )
         return
     fits = images.shape[1:] == (size, size, channels)
     for start in range(0, len(images), chunk):

@@ -5,6 +5,7 @@ transparency laid over white, cropped at the centre, resized with antialiasing.
 """
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ddpm.damage import decode_jpeg, png_is_damaged, webp_has_a_hole
 from ddpm.errors import UserError, legible
 from ddpm.progress import Progress
 
@@ -33,13 +35,26 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # What these extensions stand for, whichever of them a file bears. Pillow's other readers stay closed to files
 # from strangers.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+# Files and folders that systems put beside a user's own, in lower case. Hidden ones need no name here.
+SYSTEM_NAMES = frozenset(
+    (
+        *("@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot"),  # Synology
+        *("@recycle", "@recently-snapshot"),  # QNAP
+        *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+        *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
+        *("$recycle.bin", "system volume information"),
+        *("lost+found", "~snapshot"),  # file systems
+        *("__pycache__", "picasa.ini"),  # programs
+    )
+)
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit and its warning give way to dataset.max_megapixels
 
 
 def image_files(folder: Path) -> tuple[list[str], int]:
     """The image files below `folder`, as sorted posix paths relative to it, and how many other files are there.
 
-    Hidden files and folders count for nothing. A link may name a file inside `folder`; links to folders inside
-    are passed over, since what they hold is found in its own place.
+    Hidden files and folders, and those that systems make, such as thumbnails, count for nothing. A link may name a
+    file inside `folder`; links to folders inside are passed over, since what they hold is found in its own place.
 
     Raises:
         UserError: a link leads out of `folder`.
@@ -50,7 +65,7 @@ def image_files(folder: Path) -> tuple[list[str], int]:
         for entry in os.scandir(pending.pop()):
             path = Path(entry.path)
             is_image, is_folder = path.name.lower().endswith(EXTENSIONS), path.is_dir()
-            if path.name.startswith("."):
+            if path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
                 continue
             if entry.is_symlink() and (is_image or is_folder):
                 if not Path(os.path.realpath(path)).is_relative_to(real):
@@ -99,26 +114,91 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image if image.mode in ("1", "L") else image.convert("RGB")
 
 
-def decode_file(path: str, size: int, channels: int) -> Pixels | str:
+def decode_file(path: str, size: int, channels: int, max_megapixels: float) -> Pixels | str:
     """One image file (the first frame of an animation) as uint8 (size, size, channels), or why it is none.
+
+    A file that promises more than `max_megapixels` million pixels, for which memory would be needed, is refused.
 
     Raises:
         UserError: the file cannot be read, which says nothing about the image in it.
     """
-    content = BytesIO(_read(path))
+    content = _read(path)
+    if not content:
+        return "the file is empty"
     try:
-        with Image.open(content, formats=FORMATS) as image:
-            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster. Twice the wanted size
-            # is kept for the resize to work on.
-            image.draft(image.mode, (2 * size, 2 * size))
-            image.load()
+        with Image.open(BytesIO(content), formats=FORMATS) as opened:
+            megapixels = opened.width * opened.height / 1e6
+            if megapixels > max_megapixels:
+                return (
+                    f"has {opened.width} x {opened.height} pixels, more than dataset.max_megapixels = "
+                    f"{max_megapixels:g} allows; if the picture is genuine, set that to {math.ceil(megapixels)}"
+                )
+            image = _decoded(opened, content, size)
             with suppress(Exception):  # a damaged EXIF block is no damage to the pixels
                 ImageOps.exif_transpose(image, in_place=True)
             return to_pixels(image, size, channels)
     except UnidentifiedImageError:
-        return "not a png, jpg, webp, bmp or gif image" if content.getbuffer().nbytes else "the file is empty"
-    except Exception as error:  # Pillow's readers raise a dozen kinds, from struct.error to DecompressionBombError
+        return "not a png, jpg, webp, bmp or gif image"
+    except Exception as error:  # Pillow's readers raise a dozen kinds, from struct.error to SyntaxError
         return " ".join(str(error).split()) or type(error).__name__
+
+
+def _decoded(image: Image.Image, content: bytes, size: int) -> Image.Image:
+    """An opened image with its pixels, and with what Pillow makes wrong of its transparency mended.
+
+    Raises:
+        ValueError: a part of the image is missing or damaged, as far as its format can show it. Pillow raises others.
+    """
+    if image.format in ("JPEG", "MPO"):
+        return _decoded_jpeg(image, content, size)
+    image.load()
+    if image.format == "WEBP" and webp_has_a_hole(content):
+        raise ValueError("a part of the file was lost and is zeros")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # a channel that was never filled in: nobody saves a picture of nothing
+    if image.format == "PNG" and png_is_damaged(content):
+        raise ValueError("a checksum does not fit the pixels")
+    if image.format == "PNG" and "transparency" in image.info:
+        _mend_transparency(image, content)
+    return image
+
+
+def _decoded_jpeg(image: Image.Image, content: bytes, size: int) -> Image.Image:
+    full = image.size
+    # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, several times faster. Twice the wanted size is kept for
+    # the resize to work on.
+    image.draft(image.mode, (2 * size, 2 * size))
+    if image.mode == "CMYK":
+        decode_jpeg(content, "CMYK", 1, 1)
+    else:
+        height, width = (0, 0) if image.size == full else (image.height, image.width)
+        pixels = decode_jpeg(content, "GRAY" if image.mode == "L" else image.mode, height, width)
+        if pixels is not None and pixels.shape[:2] == (image.height, image.width):
+            whole = Image.fromarray(pixels.squeeze(2) if image.mode == "L" else pixels)
+            whole.info = image.info
+            return whole
+    image.load()
+    return image
+
+
+def _mend_transparency(image: Image.Image, content: bytes) -> None:
+    """Make the transparent colour of a loaded PNG that of its pixels, which Pillow has brought to 8 bits.
+
+    The file names it in the depth of the file, in the low bits of a larger number (PNG specification, 11.3.2.1).
+    """
+    depth, colour_type, colour = content[24], content[25], image.info["transparency"]
+    if colour_type == 0 and depth in (2, 4, 8):
+        most = 2**depth - 1
+        image.info["transparency"] = (colour & most) * (255 // most)
+    elif colour_type == 2 and depth == 8:
+        image.info["transparency"] = tuple(level & 255 for level in colour)
+    elif colour_type == 2:  # 16 bits, of which Pillow reads the high ones: two colours may look the same
+        with Image.open(BytesIO(content), formats=("PNG",)) as low:
+            low.tile = [low.tile[0]._replace(args="RGB;16L")]  # the file is big-endian: this takes the low ones
+            deep = np.asarray(image).astype(np.uint16) * 256 + np.asarray(low)
+        del image.info["transparency"]
+        clear = Image.fromarray((deep == np.array(colour)).all(axis=2))
+        image.paste((255, 255, 255), mask=clear)
 
 
 def digest_file(path: str) -> bytes:

@@ -1,0 +1,144 @@
+"""Damage to image files that Pillow's decoders pass over in silence."""
+
+import re
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+# A scan ends at the first marker not its own: FF 00 is a data byte FF, D0 to D7 are restarts, FF FF is fill.
+_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC9), (0xC2, 0xCA)
+_SOS, _EOI = 0xDA, 0xD9
+# Encoders in hardware end a file on a word; more bytes than that between image and end marker are a lost piece.
+_ALIGNMENT = re.compile(r"Corrupt JPEG data: [1-7] extraneous bytes before marker 0xd9")
+_HOLE = bytes(16)
+_SPARE = 8  # bytes at the end of a WebP's picture that an encoder may add to align it
+_DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
+
+
+def decode_jpeg(content: bytes, colorspace: str, height: int, width: int) -> npt.NDArray[np.uint8] | None:
+    """A JPEG as uint8 (h, w, channels), at the smallest scale with h >= `height` and w >= `width`; 0, 0: full size.
+
+    The pixels are those of libjpeg-turbo, as Pillow's. None where this decoder does not know the kind of JPEG, or
+    warns of something that does no harm to the pixels: decode it with another one.
+
+    Args:
+        colorspace: RGB, GRAY or CMYK, of which the last is for JPEGs of four components alone.
+
+    Raises:
+        ValueError: a part of the image is missing or damaged.
+    """
+    if _lacks_scans(content):
+        raise ValueError("Premature end of JPEG file: the last scans of the progressive image are missing")
+    try:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace, min_height=height, min_width=width)
+        return pixels
+    except ValueError as error:
+        fault = str(error)
+    # libjpeg reports its first warning alone, and a harmless one may come before a bad one: see what is left without.
+    for zeros in (len(content), 0, 1):  # one, where the image itself ends in a zero
+        try:
+            simplejpeg.decode_jpeg(_bare(content, zeros), colorspace, min_height=1, min_width=1)
+            return None
+        except ValueError as error:
+            fault = str(error)
+            if _ALIGNMENT.fullmatch(fault) or not fault.startswith(_DAMAGE):
+                return None
+    raise ValueError(fault)
+
+
+def _bare(content: bytes, zeros: int) -> bytes:
+    """A JPEG of what its pixels need: no application segments, comments, or bytes between segments.
+
+    Args:
+        zeros: how many of the zeros at the end of each scan to keep, which may be padding.
+    """
+    parts, sequential = [b"\xff\xd8"], False
+    for marker, segment, scan in _segments(content):
+        sequential = sequential or marker in _SEQUENTIAL
+        if marker == _SOS and sequential:  # some cameras leave what only a progressive scan needs undefined
+            segment = segment[:-3] + b"\x00\x3f\x00"
+        if not 0xE0 <= marker <= 0xEF and marker != 0xFE:
+            parts += [segment, scan[: len(scan.rstrip(b"\0")) + zeros]]
+    return b"".join(parts)
+
+
+def _lacks_scans(content: bytes) -> bool:
+    """Whether a progressive JPEG ends before the last bit of each coefficient of its first component has come."""
+    first, missing = -1, set(range(64))
+    for marker, segment, _ in _segments(content):
+        if marker in _PROGRESSIVE and len(segment) > 10:
+            first = segment[10]
+        elif marker in _SEQUENTIAL:
+            return False
+        elif marker == _SOS and first in segment[5:-3:2] and segment[-1] & 15 == 0:
+            missing -= set(range(segment[-3], segment[-2] + 1))
+    return first >= 0 and bool(missing)
+
+
+def _segments(content: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """The marker, the whole segment, and the entropy-coded data behind it, of each segment to the end marker."""
+    at = 2
+    while 0 <= (at := content.find(b"\xff", at)) < len(content) - 1:
+        marker = content[at + 1]
+        if marker in (0, 1, 0xFF) or 0xD0 <= marker <= 0xD8:  # without content
+            at += 1
+        elif marker == _EOI:
+            yield marker, content[at : at + 2], b""
+            return
+        else:
+            segment = content[at : at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")]
+            at = end = at + max(2, len(segment))
+            if marker == _SOS:
+                end = found.start() if (found := _SCAN_END.search(content, at)) else len(content)
+            yield marker, segment, content[at:end]
+            at = end
+
+
+def png_is_damaged(content: bytes) -> bool:
+    """Whether a chunk of pixels or colours of a PNG, which decodes, does not have its checksum."""
+    view, at = memoryview(content), 8
+    while at + 8 <= len(content):
+        size, tag = int.from_bytes(view[at : at + 4], "big"), view[at + 4 : at + 8]
+        end = at + 8 + size
+        if tag in (b"IDAT", b"PLTE") and zlib.crc32(view[at + 4 : end]).to_bytes(4, "big") != view[end : end + 4]:
+            return True
+        if tag == b"IEND":
+            break
+        at = end + 4
+    return False
+
+
+def webp_has_a_hole(content: bytes) -> bool:
+    """Whether a part of the first frame of a WebP, which decodes, was lost and is zeros, as in a broken download.
+
+    Any bytes decode to some picture, and whole files may hold thousands of zeros. But a decoder has need of a whole
+    file to its last byte, and comes to its end too early where zeros stand for something else.
+    """
+    picture = _webp_picture(content)
+    if _HOLE not in picture:
+        return False
+    tag, data = picture[:4], picture[8:-_SPARE]
+    body = b"WEBP" + tag + len(data).to_bytes(4, "little") + data + bytes(len(data) % 2)
+    try:
+        with Image.open(BytesIO(b"RIFF" + len(body).to_bytes(4, "little") + body), formats=("WEBP",)) as image:
+            image.load()
+    except Exception:
+        return False
+    return True
+
+
+def _webp_picture(content: bytes) -> bytes:
+    """The chunk that holds the pixels of the first frame, apart from its alpha channel; empty if there is none."""
+    at = 12
+    while at + 8 <= len(content):
+        tag, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
+        if tag in (b"VP8 ", b"VP8L"):
+            return content[at : at + 8 + size]
+        at += 8 + (16 if tag == b"ANMF" else size + size % 2)  # a frame of an animation holds chunks of its own
+    return b""
