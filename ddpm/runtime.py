@@ -7,17 +7,19 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from ddpm.errors import UserError
+from ddpm.errors import UserError, legible
 
 # Kernels that every x86-64 processor since 2013 has, so that each computes the same bits. Read when the
 # libraries are loaded: once torch or numpy is imported it is too late.
@@ -37,6 +39,9 @@ REPRODUCIBLE_ENVIRONMENT = {
 SPINS = "1000"
 PR_SET_PDEATHSIG = 1
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # set where torchrun has started the process
+# The address of a socket has 104 bytes on macOS, 108 on Linux, its end included; multiprocessing's names take 32.
+LONGEST_TMPDIR = 103 - len("/pymp-12345678/listener-12345678")
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 PATIENCE = 60.0  # seconds to wait for a process that was told to stop and still saves
 
 
@@ -74,6 +79,7 @@ def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
         if hasattr(params, "runtime") and params.runtime.reproducible:
             os.environ.update(REPRODUCIBLE_ENVIRONMENT)
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        _shorten_sockets()
         several = hasattr(params, "runtime") and params.runtime.launcher == "torchrun"
         if several and LAUNCHED in os.environ:
             with _one_of_several():
@@ -230,6 +236,32 @@ def _one_of_several() -> Iterator[None]:
         if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
             raise
         raise UserError(f"process {os.environ['RANK']}: another process of the run has ended") from None
+
+
+def _shorten_sockets() -> None:
+    """Where TMPDIR is too long for the address of a socket, let worker processes meet in another folder.
+
+    Only the sockets go there: TMPDIR is where a person wants large files.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except OSError:  # no folder at all: told where one is needed
+        return
+    if len(os.fsencode(folder)) <= LONGEST_TMPDIR:
+        return
+    for short in SHORT_FOLDERS:
+        tempfile.tempdir = short
+        try:
+            get_temp_dir()  # multiprocessing keeps to what it has made, in this process and in its children
+        except OSError:
+            continue
+        finally:
+            tempfile.tempdir = folder
+        return
+    raise UserError(
+        f"TMPDIR = {legible(Path(folder))}: too long for the sockets of worker processes, which need "
+        f"{LONGEST_TMPDIR} bytes at most, and none of {', '.join(SHORT_FOLDERS)} can be written; set a shorter one"
+    )
 
 
 def seconds_since_start() -> float:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from ddpm import runtime
 from ddpm.errors import UserError
@@ -326,3 +328,44 @@ def test_the_state_lies_where_dvc_says_or_here(monkeypatch, tmp_path):
     monkeypatch.delenv("DVC_ROOT")
     monkeypatch.chdir(tmp_path)
     assert root() == tmp_path.resolve()
+
+
+@pytest.fixture
+def long_tmpdir(tmp_path):
+    """A folder for temporary files whose sockets would have addresses longer than any system takes."""
+    folder = tmp_path / ("t" * (150 - len(str(tmp_path)) - 1))
+    folder.mkdir()
+    return folder
+
+
+def test_stages_with_workers_run_where_tmpdir_is_too_long_for_a_socket(tmp_path, long_tmpdir):
+    rng = np.random.default_rng(0)
+    (tmp_path / "raw").mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / f"raw/{i}.png")
+    small = ("dataset.image_size=8", "dataset.path=raw", "dataset.test_fraction=0.3", "model.base_channels=8")
+    steps = ("train.steps=2", "train.batch_size=4", "train.workers=1", "train.warmup_steps=0", "runtime.threads=1")
+    tree = composed("dataset=folder", *small, *steps, "tracking.wandb=disabled")
+    (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(tree))
+    for stage in ("prepare_data", "train"):
+        command = [sys.executable, "-m", f"stages.{stage}"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment(TMPDIR=str(long_tmpdir)), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "models/ddpm/model_index.json").exists()
+
+
+def test_a_tmpdir_is_refused_where_no_shorter_folder_can_be_written(tmp_path, long_tmpdir):
+    (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(composed()))
+    code = "from ddpm import runtime; runtime.SHORT_FOLDERS = ('/nowhere',); runtime.run_stage(print, ('runtime',))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(TMPDIR=str(long_tmpdir)),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"error: TMPDIR = {long_tmpdir}: too long for the sockets of worker processes")
+    assert not list(long_tmpdir.iterdir())

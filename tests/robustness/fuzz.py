@@ -245,6 +245,53 @@ def parameter_file(changes: list[tuple[str, float, bytes]]) -> str:
         shutil.rmtree(folder)
 
 
+@cache
+def pictures() -> list[tuple[str, int, bytes]]:
+    """Like photographs, in formats that show where a part is lost: the format, the start of the pixels, the file."""
+    found = []
+    y, x = np.mgrid[:144, :192]
+    for grain in (10, 30):
+        waves = np.stack([np.sin(x / 17), np.cos(y / 21 + x / 30), np.sin((x + y) / 40)], axis=-1)
+        pixels = 127 + 90 * waves + np.random.default_rng(0).normal(0, grain, waves.shape)
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        for mode in ("RGB", "L"):
+            for kind, options in (
+                *(("JPEG", {"quality": quality}) for quality in (30, 75, 95)),
+                ("JPEG", {"progressive": True}),
+                ("JPEG", {"optimize": True, "restart_marker_blocks": 7}),
+                *(("WEBP", {"quality": quality, "method": method}) for quality in (30, 80) for method in (0, 4)),
+                ("WEBP", {"lossless": True}),
+                ("PNG", {}),
+                ("GIF", {}),
+            ):
+                buffer = io.BytesIO()
+                image.convert(mode).save(buffer, kind, **options)
+                start = {"JPEG": buffer.getvalue().find(b"\xff\xda") + 14, "GIF": 800}.get(kind, 64)
+                found.append((kind, start, buffer.getvalue()))
+    return found
+
+
+def shortened(case: tuple[float, float, str]) -> str:
+    """Files without their end, or with zeros or an end marker in its place: told, each of them."""
+    which, place, tail = case
+    kind, start, whole = pictures()[int(which * len(pictures()))]
+    at = start + int(place * (len(whole) - start))
+    content = whole[:at]
+    if tail == "zeros":
+        content += bytes(len(whole) - at)
+    elif tail == "marker" and kind == "JPEG":
+        content += b"\xff\xd9"
+    if tail == "whole":
+        content = whole
+    folder = written({"a.png": content})
+    try:
+        result = decode_file(str(folder / "a.png"), 32, 3, max_megapixels=1)
+    finally:
+        shutil.rmtree(folder)
+    assert isinstance(result, str) == (tail != "whole"), (kind, len(whole), at)
+    return "told" if isinstance(result, str) else "result"
+
+
 def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) -> str:
     which, extension, changes, size, channels = case
     corpus = image_corpus()
@@ -252,7 +299,7 @@ def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = decode_file(str(next(folder.iterdir())), size, channels)
+            result = decode_file(str(next(folder.iterdir())), size, channels, max_megapixels=1)
     finally:
         shutil.rmtree(folder)
     if isinstance(result, str):
@@ -359,6 +406,10 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
     "images": (
         st.tuples(PLACE, st.sampled_from(EXTENSIONS), BYTES, st.sampled_from([4, 8, 33]), st.sampled_from([1, 3])),
         images,
+    ),
+    "shortened": (
+        st.tuples(PLACE, st.floats(0.05, 0.95), st.sampled_from(["nothing", "zeros", "marker", "whole"])),
+        shortened,
     ),
     "image_folders": (
         st.fixed_dictionaries(
