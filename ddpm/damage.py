@@ -39,17 +39,20 @@ def decode_jpeg(content: bytes, colorspace: str, height: int, width: int) -> npt
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace, min_height=height, min_width=width)
         return pixels
     except ValueError as error:
-        fault = str(error)
+        faults = [str(error)]
     # libjpeg reports its first warning alone, and a harmless one may come before a bad one: see what is left without.
     for zeros in (len(content), 0, 1):  # one, where the image itself ends in a zero
         try:
             simplejpeg.decode_jpeg(_bare(content, zeros), colorspace, min_height=1, min_width=1)
             return None
         except ValueError as error:
-            fault = str(error)
-            if _ALIGNMENT.fullmatch(fault) or not fault.startswith(_DAMAGE):
+            faults.append(str(error))
+            if _ALIGNMENT.fullmatch(faults[-1]):
                 return None
-    raise ValueError(fault)
+    damage = [fault for fault in faults if fault.startswith(_DAMAGE)]
+    if damage:
+        raise ValueError(damage[-1])
+    return None
 
 
 def _bare(content: bytes, zeros: int) -> bytes:
