@@ -56,6 +56,12 @@ class Runtime(Section):
         return value
 
 
+# Settings of `dataset` that not every set can use, with the sets that can
+PARTLY_USED = {"test_fraction": ("digits", "folder"), "on_broken": ("folder",)}
+MISSING = "missing; add it, or compose the file again from conf/ (make params)"
+WATCHED = "requirements.txt"  # dataset.path of every set but folder: what DVC watches
+
+
 class Dataset(Section):
     """The images, and how many of them."""
 
@@ -63,9 +69,9 @@ class Dataset(Section):
     path: Annotated[str, Field(min_length=1)]
     image_size: Annotated[int, Field(ge=4, le=1024)]
     channels: Literal[1, 3]
-    test_fraction: Fraction
     subset: int | float | None
-    on_broken: Literal["stop", "skip"]
+    test_fraction: Fraction = 0.1
+    on_broken: Literal["stop", "skip"] = "stop"
     max_megapixels: Annotated[float, Field(gt=0, le=100_000)] = 179  # of a folder's files; the other sets are small
 
     @field_validator("channels", mode="before")
@@ -259,9 +265,30 @@ def _optimizer_lines(node: dict[str, Any]) -> Iterator[str]:
         yield f"optimizer.betas = {shown(betas)}: should be two numbers with 0 <= beta1 < beta2 < 1"
 
 
+def _dataset_misfits(dataset: Dataset) -> Iterator[str]:
+    """Settings that the named set lacks or cannot use."""
+    kind = f"where dataset.name = {dataset.name!r}"
+    for name, users in PARTLY_USED.items():
+        given, used = name in dataset.model_fields_set, dataset.name in users
+        if used and not given:
+            yield f"dataset.{name}: {MISSING}"
+        if given and not used:
+            yield f"dataset.{name} = {shown(getattr(dataset, name))}: has no effect {kind}; remove it"
+    if dataset.name != "folder" and dataset.path != WATCHED:
+        yield (
+            f"dataset.path = {shown(dataset.path)}: is not read {kind}; add -S dataset=folder to take the images "
+            f"there, or set it to {WATCHED}"
+        )
+    if dataset.name == "folder" and dataset.path.startswith("~"):
+        yield (
+            f"dataset.path = {shown(dataset.path)}: ~ is not replaced by the home folder here; type the full path "
+            f"that this prints: echo {shown(dataset.path)[1:-1]}"
+        )
+
+
 def _misfits(params: Params) -> list[str]:
-    """Faults that lie between sections: each value is allowed, their combination is not."""
-    faults = []
+    """Faults that lie between settings: each value is allowed, their combination is not."""
+    faults = list(_dataset_misfits(params.dataset))
     model, size = params.model, params.dataset.image_size
     stride = 2 ** (len(model.channel_multipliers) - 1)
     if size % stride:
@@ -330,7 +357,7 @@ def _line(error: Any) -> str:
     loc = error["loc"]
     path = ".".join(map(str, loc))
     if error["type"] == "missing":
-        return f"{path}: missing; add it, or compose the file again from conf/ (make params)"
+        return f"{path}: {MISSING}"
     if error["type"] == "extra_forbidden":
         names = _field_names(loc)
         message = f"unknown key{near(str(loc[-1]), names)}; allowed: {', '.join(names)}"

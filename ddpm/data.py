@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,8 +43,15 @@ class Info(BaseModel):
     shape: Annotated[list[Positive], Field(min_length=3, max_length=3)]
     counts: dict[str, Positive]
     classes: list[str]
+    class_counts: list[Positive]  # training images of each class; empty where there are no classes
     broken: int
     sha256: str
+
+    @model_validator(mode="after")
+    def _one_count_per_class(self) -> Self:
+        if len(self.class_counts) != len(self.classes):
+            raise ValueError(f"class_counts has {len(self.class_counts)} numbers for {len(self.classes)} classes")
+        return self
 
 
 def load_info(folder: str | Path) -> dict[str, Any]:

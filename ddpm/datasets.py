@@ -23,8 +23,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from ddpm.config import Dataset
-from ddpm.decode import EXTENSIONS, Pixels, decode_file, digest_file, image_files, in_parallel, to_pixels
-from ddpm.errors import UserError, legible
+from ddpm.decode import Pixels, decode_file, in_parallel, to_pixels
+from ddpm.errors import UserError, legible, listed
+from ddpm.folders import Classes, read_folder
+from ddpm.splits import check_subset, hold_out, subset_indices
 
 TORCHVISION_CLASSES = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 IMAGES_A_CHUNK = 64
@@ -66,48 +68,31 @@ def prepare(dataset: Dataset, out: Path, downloads: Path) -> dict[str, Any]:
     else:
         source = _torchvision(dataset.name, downloads)
 
+    check_subset(source.train.labels, dataset.subset)
     shape = (dataset.image_size, dataset.image_size, dataset.channels)
     content = hashlib.sha256()
-    counts: dict[str, int] = {}
-    broken: list[str] = []
     with _replacing(out) as new:
-        for name, split in (("train", source.train), ("test", source.test)):
-            chosen = subset_indices(len(split.labels), dataset.subset)
-            labels = split.labels[chosen]
-            images = [split.images[i] for i in chosen] if isinstance(split.images, list) else split.images[chosen]
-            (new / name).mkdir()
-            with closing(_converted(images, source.folder, dataset, name)) as chunks:
-                faults = _write_images(new / name / "images.npy", chunks, shape, content)
-            broken += [f"{legible(images[i])}: {reason}" for i, reason in faults.items()]
-            labels = np.delete(labels, list(faults)).astype("<i8")
-            buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
-            np.save(buffer, labels)
-            (new / name / "labels.npy").write_bytes(buffer.getvalue())
-            content.update(labels.tobytes())
-            counts[name] = len(labels)
+        train, test = (
+            _write_split(new / name, split, source.folder, dataset, content)
+            for name, split in (("train", source.train), ("test", source.test))
+        )
+        counts = {"train": len(train.labels), "test": len(test.labels)}
+        broken = train.broken + test.broken
         if broken:
-            _tell_broken(broken, counts, dataset)
+            _report_broken(broken, counts, dataset)
+        class_counts = _report_classes(source.classes, train.labels, test.labels)
+        _report_copies(train, test)
         summary = {
             "name": dataset.name,
             "shape": list(shape),
             "counts": counts,
             "classes": source.classes,
+            "class_counts": class_counts,
             "broken": len(broken),
             "sha256": content.hexdigest(),
         }
         (new / "dataset.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
-
-
-def subset_indices(count: int, subset: int | float | None) -> npt.NDArray[np.int64]:
-    """Which of `count` images to keep, ascending: all, `subset` of them, or that fraction, at least one.
-
-    A smaller subset is part of every larger one.
-    """
-    if subset is None:
-        return np.arange(count)
-    size = max(1, round(count * subset)) if isinstance(subset, float) else min(count, subset)
-    return np.sort(np.random.default_rng(0).permutation(count)[:size])
 
 
 # The sources
@@ -119,9 +104,8 @@ def _digits(test_fraction: float) -> Source:
     data = load_digits()
     pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1); 0..16 as they come
     labels = data.target.astype(np.int64)
-    test = np.zeros(len(labels), dtype=bool)
-    held_out = min(max(1, round(len(labels) * test_fraction)), len(labels) - 1)
-    test[np.random.default_rng(0).permutation(len(labels))[:held_out]] = True
+    place = np.argsort(np.random.default_rng(0).permutation(len(labels)))  # of each image in a random order
+    test = hold_out(place, labels, round(len(labels) * test_fraction))
     return Source(
         Split(pixels[~test], labels[~test]),
         Split(pixels[test], labels[test]),
@@ -179,71 +163,15 @@ def _torchvision(name: str, downloads: Path) -> Source:
 
 def _folder(folder: Path, test_fraction: float) -> Source:
     """A person's own images; their sub-folders, if any, are the classes."""
-    here = f"dataset.path = {legible(folder)}"
-    if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "there is no such folder"
-        raise UserError(f"{here}: {what}; make it and put images there, or set dataset.path to the folder with yours")
-    files, ignored = image_files(folder)
-    if ignored:
-        print(f"{folder}: {ignored} other files ignored")
-    if not files:
-        raise UserError(f"{here}: holds no {', '.join(EXTENSIONS)} files; put images there")
-
-    sides: dict[str, list[str]]
-    if all((folder / side).is_dir() for side in ("train", "test")):
-        sides = {side: [file for file in files if file.startswith(f"{side}/")] for side in ("train", "test")}
-        outside = len(files) - sum(map(len, sides.values()))
-        if outside:
-            print(f"{folder}: {outside} images outside train/ and test/ left out")
-        for side, members in sides.items():
-            if not members:
-                raise UserError(f"{here}: {side}/ holds no images; put some there, or remove it to have one held out")
-        depth = 1
-    else:
-        sides = _split_by_content(folder, files, test_fraction)
-        depth = 0
-
-    def class_of(file: str) -> str | None:
-        parts = file.split("/")
-        return parts[depth] if len(parts) > depth + 1 else None
-
-    kept = [file for members in sides.values() for file in members]
-    loose = [file for file in kept if class_of(file) is None]
-    names = sorted({name for file in kept if (name := class_of(file)) is not None})
-    if loose and names:
-        inside = next(file for file in kept if class_of(file))
-        raise UserError(
-            f"{here}: holds images in class sub-folders ({legible(inside)}) and beside them ({legible(loose[0])}); "
-            f"move all into sub-folders, or none"
-        )
+    sides = read_folder(folder, test_fraction)
+    names = sorted({name for name in sides.train.values() if name is not None})
     label = {name: k for k, name in enumerate(names)} | {None: 0}
 
-    def split(members: list[str]) -> Split:
-        members = sorted(members, key=lambda file: (label[class_of(file)], file))
-        return Split(members, np.array([label[class_of(file)] for file in members], dtype=np.int64))
+    def split(classes: Classes) -> Split:
+        files = sorted(classes, key=lambda file: (label[classes[file]], file))
+        return Split(files, np.array([label[classes[file]] for file in files], dtype=np.int64))
 
-    return Source(split(sides["train"]), split(sides["test"]), names, folder)
-
-
-def _split_by_content(folder: Path, files: list[str], test_fraction: float) -> dict[str, list[str]]:
-    """Hold out the files whose hash, read as a number in [0, 1), is below `test_fraction`.
-
-    So a file stays on its side when it is renamed or others come or go, and copies of it are on the same side.
-    """
-    paths = [str(folder / file) for file in files]
-    with closing(in_parallel(digest_file, paths, IMAGES_A_CHUNK, "split")) as chunks:
-        number = [int.from_bytes(digest[:8], "big") / 2**64 for chunk in chunks for digest in chunk]
-    if len(set(number)) < 2:
-        raise UserError(
-            f"dataset.path = {folder}: needs two different images at least, one of them to hold out; has "
-            f"{len(files)} file{'s of one content' if len(files) > 1 else ''}"
-        )
-    # The bounds keep either side from being empty: the lowest is always held out, the highest never.
-    threshold = min(max(test_fraction, np.nextafter(min(number), 1)), max(number))
-    return {
-        "train": [file for file, x in zip(files, number, strict=True) if x >= threshold],
-        "test": [file for file, x in zip(files, number, strict=True) if x < threshold],
-    }
+    return Source(split(sides.train), split(sides.test), names, folder)
 
 
 # From a source to files
@@ -270,11 +198,42 @@ def _converted(
         yield [row if fits else to_pixels(Image.fromarray(row.squeeze()), size, channels) for row in rows]
 
 
+class Written(NamedTuple):
+    """What became of a split."""
+
+    labels: npt.NDArray[np.int64]  # of the images that are whole
+    files: list[str]  # theirs; empty where the images are no files
+    marks: npt.NDArray[np.uint64]  # a hash of the pixels of each
+    broken: list[str]  # a line for each other file
+
+
+def _write_split(out: Path, split: Split, folder: Path, dataset: Dataset, content: Any) -> Written:
+    """Write the images and labels of a split to a new folder, and into the hash `content`."""
+    size, channels = dataset.image_size, dataset.channels
+    chosen = subset_indices(split.labels, dataset.subset)
+    images = [split.images[i] for i in chosen] if isinstance(split.images, list) else split.images[chosen]
+    out.mkdir()
+    with closing(_converted(images, folder, size, channels, out.name)) as chunks:
+        faults, marks = _write_images(out / "images.npy", chunks, (size, size, channels), content)
+    labels = np.delete(split.labels[chosen], list(faults)).astype("<i8")
+    buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
+    np.save(buffer, labels)
+    (out / "labels.npy").write_bytes(buffer.getvalue())
+    content.update(labels.tobytes())
+    files = [file for i, file in enumerate(images) if i not in faults] if isinstance(images, list) else []
+    return Written(labels, files, marks, [f"{legible(images[i])}: {reason}" for i, reason in faults.items()])
+
+
 def _write_images(
     path: Path, chunks: Iterable[list[Pixels | str]], row_shape: tuple[int, ...], content: Any
-) -> dict[int, str]:
-    """Write the images that are whole to a .npy file and into the hash `content`; return the faults by index."""
+) -> tuple[dict[int, str], npt.NDArray[np.uint64]]:
+    """Write the images that are whole to a .npy file and into the hash `content`.
+
+    Returns:
+        The faults of the others by index, and of each image that is whole a hash of its pixels, uint64 (N,).
+    """
     faults: dict[int, str] = {}
+    marks = bytearray()
     count = index = 0
 
     def write_header() -> None:
@@ -293,13 +252,14 @@ def _write_images(
                     pixels = row.tobytes()
                     file.write(pixels)
                     content.update(pixels)
+                    marks += hashlib.blake2b(pixels, digest_size=8).digest()
                     count += 1
                 index += 1
         write_header()
-    return faults
+    return faults, np.frombuffer(marks, dtype=np.uint64)
 
 
-def _tell_broken(broken: list[str], counts: dict[str, int], dataset: Dataset) -> None:
+def _report_broken(broken: list[str], counts: dict[str, int], dataset: Dataset) -> None:
     lines = broken[:NAMED_FAULTS]
     if len(broken) > NAMED_FAULTS:
         lines.append(f"and {len(broken) - NAMED_FAULTS} more")
@@ -310,6 +270,40 @@ def _tell_broken(broken: list[str], counts: dict[str, int], dataset: Dataset) ->
         if count == 0:
             raise UserError("\n".join([*lines, f"{total}, and none is left to {name} on"]))
     print("\n".join([*lines, f"{total} and left out"]))
+
+
+def _report_classes(names: list[str], train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> list[int]:
+    """Count the training images of each class, and print which classes have no held-out image.
+
+    Raises:
+        UserError: a class has no training image, so that the model could not draw it.
+    """
+    counts, held_out = (np.bincount(labels, minlength=len(names)).tolist() for labels in (train, test))
+    if not names:
+        return []
+    lost = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if lost:
+        raise UserError(
+            f"no training image is left of {listed(lost)}: mend or replace the broken ones, or move "
+            f"{'these classes' if len(lost) > 1 else 'this class'} out of the data set"
+        )
+    untested = [name for name, count in zip(names, held_out, strict=True) if count == 0]
+    if untested:
+        print(f"{len(untested)} of {len(names)} classes have training images only, none held out: {listed(untested)}")
+    return counts
+
+
+def _report_copies(train: Written, test: Written) -> None:
+    """Print how many held-out files have the pixels of a training file, which flatters every comparison."""
+    if not test.files:
+        return
+    copies = np.flatnonzero(np.isin(test.marks, train.marks))
+    if len(copies):
+        twin = train.files[int(np.flatnonzero(train.marks == test.marks[copies[0]])[0])]
+        print(
+            f"{len(copies)} of {len(test.files)} held-out images have the same pixels as a training image, for example "
+            f"{legible(test.files[copies[0]])} and {legible(twin)}"
+        )
 
 
 @contextmanager
