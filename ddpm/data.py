@@ -66,7 +66,9 @@ def load_info(folder: str | Path) -> dict[str, Any]:
     except ValidationError as error:
         fault = error.errors()[0]
         where = "".join(f"{part}: " for part in fault["loc"])
-        raise UserError(f"{path}: {where}{fault['msg']}; run the stage prepare_data again") from None
+        raise UserError(
+            f"{path}: {where}{fault['msg'].removeprefix('Value error, ')}; run the stage prepare_data again"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; run the stage prepare_data again") from None
 

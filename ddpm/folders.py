@@ -134,20 +134,22 @@ def _find_split(tops: dict[str, list[str]], base: str, here: str) -> tuple[str, 
     Raises:
         UserError: they may be one, and it is not clear what is what.
     """
-    of_role: dict[str, list[str]] = defaultdict(list)
-    for name in tops:
-        of_role[role_of(name)[0]].append(name)
-    training, held_out = of_role["train"], of_role["test"] or of_role["val"]
+    training, tests, validation, others = (
+        {name: role_of(name)[1] for name in tops if role_of(name)[0] == role} for role in ("train", "test", "val", "")
+    )
+    held_out = tests or validation
     seen = f"{here}: holds {_seen(tops)}{f' in {legible(base)}' if base else ''}"
     if training and held_out:
         rests = {role_of(name)[1] for name in tops}
-        if len(training) == len(held_out) == len(rests) == 1 and not of_role[""]:
-            return training[0], held_out[0]
-        raise UserError(
-            f"{seen}, so what to train on is in doubt; leave one training and one held-out folder (train/ and test/) "
-            f"and move the others out, or rename what is a class"
-        )
-    plain = [name for name in training if not role_of(name)[1]]
+        if len(training) == len(held_out) == len(rests) == 1 and not others:
+            return next(iter(training)), next(iter(held_out))
+        alike = set(training.values()) & {*tests.values(), *validation.values()}
+        if alike or not others:  # else they are classes, such as bus, bullet_train and test_pattern
+            raise UserError(
+                f"{seen}, so what to train on is in doubt; leave one training and one held-out folder (train/ and "
+                f"test/) and move the others out, or rename what is a class"
+            )
+    plain = [name for name, rest in training.items() if not rest]
     nested = [name for name in plain if all("/" in file[len(f"{base}{name}/") :] for file in tops[name])]
     if len(tops) > 1 and (len(plain) > 1 or nested):
         raise UserError(
@@ -157,14 +159,14 @@ def _find_split(tops: dict[str, list[str]], base: str, here: str) -> tuple[str, 
     return None
 
 
-def _refuse_held_out(files: list[str], base: str, here: str) -> None:
+def _refuse_held_out(files: list[str], here: str) -> None:
     """Raise where images that would be trained on lie in a folder with the name of a held-out side."""
     for parent in sorted({file.rpartition("/")[0] for file in files}):
-        parts = parent[len(base) :].split("/")
+        parts = parent.split("/")
         for depth, part in enumerate(parts):
             role, rest = role_of(part)
             if role in ("test", "val") and not rest:
-                place = f"{base}{'/'.join(parts[: depth + 1])}/"
+                place = f"{'/'.join(parts[: depth + 1])}/"
                 count = sum(file.startswith(place) for file in files)
                 raise UserError(
                     f"{here}: holds {legible(place)} ({count} images), which is named as a held-out side and has no "
@@ -191,7 +193,7 @@ def _given_split(
     tops: dict[str, list[str]], training: str, held_out: str, loose: list[str], base: str, here: str
 ) -> Sides:
     roots = [_unwrapped(tops[name], f"{base}{name}/") for name in (training, held_out)]
-    _refuse_held_out(tops[training], f"{base}{training}/", here)
+    _refuse_held_out(tops[training], here)
     train, test = (
         {file: _class_of(file, root) for file in tops[name]}
         for name, root in zip((training, held_out), roots, strict=True)
@@ -219,7 +221,7 @@ def _split_by_content(folder: Path, files: list[str], base: str, test_fraction: 
 
     So a file stays on its side when it is renamed or others come or go, and copies of it are on the same side.
     """
-    _refuse_held_out(files, "", here)
+    _refuse_held_out(files, here)
     classes = {file: _class_of(file, base) for file in files}
     _refuse_mixed(classes, here)
     paths = [str(folder / file) for file in files]

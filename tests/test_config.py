@@ -186,6 +186,54 @@ def test_a_subset_is_a_count_or_a_fraction(subset):
     assert type(value) is type(subset)
 
 
+@pytest.mark.parametrize("name", ["digits", "cifar10", "mnist", "fashion_mnist"])
+def test_a_folder_for_a_set_that_reads_none_is_refused(name):
+    tree = composed(f"dataset={name}", "model=small", "dataset.path=/my/pictures")
+    assert [line for line in faults(tree) if "image_size" not in line] == [
+        f"params.yaml: dataset.path = '/my/pictures': is not read where dataset.name = {name!r}; "
+        "add -S dataset=folder to take the images there, or set it to requirements.txt"
+    ]
+    assert check(composed("dataset=folder", "dataset.path=/my/pictures")).dataset.path == "/my/pictures"
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("digits", "on_broken", "skip"),
+        *((name, "on_broken", "stop") for name in ("cifar10", "mnist", "fashion_mnist")),
+        *((name, "test_fraction", 0.1) for name in ("cifar10", "mnist", "fashion_mnist")),
+    ],
+)
+def test_what_a_data_set_cannot_use_is_not_in_its_group_and_refused(name, setting, value):
+    tree = composed(f"dataset={name}")
+    assert setting not in tree["dataset"]
+    check(tree)
+    tree["dataset"][setting] = value
+    assert faults(tree) == [
+        f"params.yaml: dataset.{setting} = {value!r}: has no effect where dataset.name = {name!r}; remove it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("digits", "test_fraction"), ("folder", "test_fraction"), ("folder", "on_broken")]
+)
+def test_what_a_data_set_uses_has_to_be_there(name, setting):
+    tree = composed(f"dataset={name}")
+    del tree["dataset"][setting]
+    assert faults(tree) == [
+        f"params.yaml: dataset.{setting}: missing; add it, or compose the file again from conf/ (make params)"
+    ]
+
+
+def test_a_path_from_the_home_folder_is_answered_with_how_to_get_the_full_one():
+    tree = composed("dataset=folder")
+    tree["dataset"]["path"] = "~/pictures"
+    assert faults(tree) == [
+        "params.yaml: dataset.path = '~/pictures': ~ is not replaced by the home folder here; "
+        "type the full path that this prints: echo ~/pictures"
+    ]
+
+
 @pytest.mark.parametrize("start", [0.02, 0.5])
 def test_betas_have_to_rise(start):
     line = only_fault(diffusion__beta_start=start)

@@ -94,7 +94,7 @@ def test_stored_pixels_arrive_in_the_models_layout():
 
 def prepared(folder, images=IMAGES, labels=LABELS % 10, **changes):
     info = {"name": "x", "shape": [8, 8, 3], "counts": {"train": 50, "test": 50}, "classes": list("abcdefghij")}
-    info |= {"broken": 0, "sha256": "0"} | changes
+    info |= {"class_counts": [5] * 10, "broken": 0, "sha256": "0"} | changes
     (folder / "train").mkdir(exist_ok=True)
     (folder / "dataset.json").write_text(json.dumps(info))
     np.save(folder / "train/images.npy", images)
@@ -128,11 +128,14 @@ def test_missing_or_odd_prepared_data_is_told_in_one_line(tmp_path):
         ({"shape": [8, 8, 1]}, r"images.npy: holds \(50, 8, 8, 3\), not \(50, 8, 8, 1\)"),
         ({"counts": {"train": 49, "test": 1}}, r"images.npy: holds \(50, 8, 8, 3\), not \(49, 8, 8, 3\)"),
         ({"counts": {}}, r"images.npy: holds \(50, 8, 8, 3\), not \(None, 8, 8, 3\)"),
-        ({"classes": ["a"]}, "labels.npy: holds not 50 labels of 1 classes"),
+        ({"classes": ["a"], "class_counts": [50]}, "labels.npy: holds not 50 labels of 1 classes"),
         ({"labels": LABELS[:-1] % 10}, "labels.npy: holds not 50 labels of 10 classes"),
         ({"labels": LABELS % 10 - 1}, "labels.npy: holds not 50 labels of 10 classes"),
         ({"shape": [8, 8]}, "dataset.json: shape: List should have at least 3 items"),
         ({"shape": [8, 8, "3"]}, "dataset.json: shape: 2: Input should be a valid integer"),
+        ({"class_counts": [5] * 9}, "dataset.json: class_counts has 9 numbers for 10 classes"),
+        ({"class_counts": [0] * 10}, "dataset.json: class_counts: 0: Input should be greater than or equal to 1"),
+        ({"class_counts": None}, "dataset.json: class_counts: Input should be a valid array"),
         ({"sha256": None}, "dataset.json: sha256: Input should be a valid string"),
     ],
 )
@@ -190,7 +193,8 @@ def test_a_data_set_many_times_larger_than_the_memory_is_read_and_shuffled_exact
         for name in ("images", "labels"):
             digest.update(np.load(tmp_path / split / f"{name}.npy", mmap_mode="r").data)
     info = {"name": "large", "shape": [1, size * size, 3], "counts": {"train": count, "test": 1}, "classes": []}
-    (tmp_path / "dataset.json").write_text(json.dumps(info | {"broken": 0, "sha256": digest.hexdigest()}))
+    info |= {"class_counts": [], "broken": 0, "sha256": digest.hexdigest()}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
     done = subprocess.run(
         [sys.executable, "-c", LARGER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200
     )

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +355,7 @@ def test_a_subset_has_every_class_or_is_refused() -> None:
     for subset, left in ((4, 4), (0.1, 4), (1, 1)):
         with pytest.raises(UserError, match=f"dataset.subset = {subset}: leaves {left} .* of 44 for 5 classes; take 5"):
             run(dataset(subset=subset))
-    with pytest.raises(UserError, match="dataset.subset = 9: leaves 9 .* 10 classes"):
+    with pytest.raises(UserError, match=r"dataset.subset = 9: leaves 9 .* 10 classes"):
         run(digits(subset=9))
 
 

@@ -309,10 +309,10 @@ def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) ->
     return "result"
 
 
-NAME = (
-    st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=12)
-    | st.binary(max_size=12).map(lambda name: os.fsdecode(name.translate(None, b"/\0")))
-).filter(lambda name: name not in ("", ".", ".."))
+TEXT = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=12)
+BINARY = st.binary(max_size=12).map(lambda name: os.fsdecode(name.translate(None, b"/\0")))
+# Rarely a name that is not UTF-8, since one is enough for a folder to be refused
+NAME = st.one_of(*[TEXT] * 20, BINARY).filter(lambda name: name not in ("", ".", ".."))
 
 
 def one_by_one(function: Callable[[str], Any], files: list[str], chunk: int, label: str) -> Iterator[list[Any]]:
@@ -334,11 +334,63 @@ def image_folders(case: dict[str, Any]) -> str:
             except (OSError, UnicodeEncodeError):  # a file where a folder is wanted, or no name for this file system
                 continue
         dataset = Dataset(**params()["dataset"] | case["dataset"] | {"name": "folder", "path": str(folder / "data")})
-        with patch("ddpm.datasets.in_parallel", one_by_one), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with (
+            patch("ddpm.folders.in_parallel", one_by_one),
+            patch("ddpm.datasets.in_parallel", one_by_one),
+            redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             return outcome(lambda: prepare(dataset, folder / "prepared", folder))
     finally:
         shutil.rmtree(folder)
+
+
+# Names of folders, one in three of which may be a side
+FOLDERS = ("cat", "dog", "Bus", "0", "archive", "images", "seg_train", "seg_test", "bullet_train")
+TRAINING = ("train", "Train", "training", "training_set")
+HELD_OUT = ("test", "TEST", "test1", "val", "valid", "Validation", "held_out")
+
+
+def folder_layouts(case: dict[str, Any]) -> str:
+    """Each image has a colour of its own, so that the prepared pixels say where it went."""
+    folder = scratch()
+    try:
+        places: list[str] = []
+        for parents, count in case["places"]:
+            for _ in range(count):
+                path = folder.joinpath("data", *parents, f"{len(places)}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (4, 4), (len(places), len(parents), 0)).save(path)
+                places.append(path.relative_to(folder / "data").as_posix())
+        values = params()["dataset"] | case["dataset"]
+        dataset = Dataset(**values | {"name": "folder", "path": str(folder / "data"), "image_size": 4, "channels": 3})
+        printed = io.StringIO()
+
+        def read() -> None:
+            with redirect_stdout(printed):
+                prepare(dataset, folder / "prepared", folder)
+
+        with patch("ddpm.folders.in_parallel", one_by_one), patch("ddpm.datasets.in_parallel", one_by_one):
+            result = outcome(read)
+        if result == "result":
+            where_they_went(folder / "prepared", places, dataset, printed.getvalue())
+        return result
+    finally:
+        shutil.rmtree(folder)
+
+
+def where_they_went(prepared: Path, places: list[str], dataset: Dataset, printed: str) -> None:
+    info = load_info(prepared)
+    train, test = ({places[image[0, 0, 0]] for image in load_images(prepared, side)} for side in ("train", "test"))
+    assert (len(train), len(test)) == (info["counts"]["train"], info["counts"]["test"]), "an image is there twice"
+    assert train and test and not train & test
+    assert not [file for file in train if set(file.split("/")[:-1]) & set(HELD_OUT)], "a held-out image is trained on"
+    classes = len(info["classes"])
+    labels = np.bincount(load_labels(prepared, "train"), minlength=classes).tolist()
+    assert (labels if classes else []) == info["class_counts"] and all(info["class_counts"]), "a class has no image"
+    if dataset.subset is None and "left out" not in printed:
+        assert train | test == set(places), "an image is lost without a word"
 
 
 def models(changes: dict[str, Any]) -> str:
@@ -416,7 +468,7 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
             {
                 "files": st.lists(
                     st.tuples(
-                        st.lists(NAME | st.sampled_from(["train", "test", "cat"]), max_size=2),
+                        st.sampled_from([[], ["cat"], ["dog"], ["train"], ["test"]]) | st.lists(NAME, max_size=2),
                         NAME,
                         st.sampled_from(EXTENSIONS[:-1]),
                         PLACE,
@@ -429,6 +481,26 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
             }
         ),
         image_folders,
+    ),
+    "folder_layouts": (
+        st.fixed_dictionaries(
+            {
+                "places": st.lists(
+                    st.tuples(
+                        st.lists(
+                            st.sampled_from(FOLDERS) | st.sampled_from(TRAINING) | st.sampled_from(HELD_OUT), max_size=3
+                        ),
+                        st.integers(1, 4),
+                    ),
+                    min_size=1,
+                    max_size=6,
+                ),
+                "dataset": st.fixed_dictionaries(
+                    {"test_fraction": st.sampled_from([0.01, 0.3, 0.99]), "subset": st.sampled_from([None, 4, 0.5])}
+                ),
+            }
+        ),
+        folder_layouts,
     ),
     "models": (FILES, models),
     "prepared": (FILES, prepared),
