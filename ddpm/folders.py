@@ -139,16 +139,15 @@ def _find_split(tops: dict[str, list[str]], base: str, here: str) -> tuple[str, 
     )
     held_out = tests or validation
     seen = f"{here}: holds {_seen(tops)}{f' in {legible(base)}' if base else ''}"
-    if training and held_out:
-        rests = {role_of(name)[1] for name in tops}
-        if len(training) == len(held_out) == len(rests) == 1 and not others:
-            return next(iter(training)), next(iter(held_out))
-        alike = set(training.values()) & {*tests.values(), *validation.values()}
-        if alike or not others:  # else they are classes, such as bus, bullet_train and test_pattern
-            raise UserError(
-                f"{seen}, so what to train on is in doubt; leave one training and one held-out folder (train/ and "
-                f"test/) and move the others out, or rename what is a class"
-            )
+    if training and len({role_of(name)[1] for name in tops}) == len(training) == len(held_out) == 1 and not others:
+        return next(iter(training)), next(iter(held_out))
+    beside = {*training.values(), *(name.casefold() for name in others)}
+    alike = beside & {*tests.values(), *validation.values()}  # cat_train and cat_test, or cat and cat_test
+    if alike or (training and held_out and not others):  # else classes, such as bus, bullet_train and test_pattern
+        raise UserError(
+            f"{seen}, so what to train on is in doubt; leave one training and one held-out folder (train/ and test/) "
+            f"and move the others out, or rename what is a class"
+        )
     plain = [name for name, rest in training.items() if not rest]
     nested = [name for name in plain if all("/" in file[len(f"{base}{name}/") :] for file in tops[name])]
     if len(tops) > 1 and (len(plain) > 1 or nested):
@@ -161,18 +160,24 @@ def _find_split(tops: dict[str, list[str]], base: str, here: str) -> tuple[str, 
 
 def _refuse_held_out(files: list[str], here: str) -> None:
     """Raise where images that would be trained on lie in a folder with the name of a held-out side."""
-    for parent in sorted({file.rpartition("/")[0] for file in files}):
+    inside: dict[str, set[str]] = defaultdict(set)  # the names of the folders in each folder
+    for parent in {file.rpartition("/")[0] for file in files} - {""}:
         parts = parent.split("/")
         for depth, part in enumerate(parts):
-            role, rest = role_of(part)
-            if role in ("test", "val") and not rest:
-                place = f"{'/'.join(parts[: depth + 1])}/"
-                count = sum(file.startswith(place) for file in files)
-                raise UserError(
-                    f"{here}: holds {legible(place)} ({count} images), which is named as a held-out side and has no "
-                    f"training side beside it; put all images below train/ and test/ at the top, set dataset.path to "
-                    f"the folder to take, or rename it if it is a class"
-                )
+            inside["".join(f"{above}/" for above in parts[:depth])].add(part)
+    for above, names in sorted(inside.items()):
+        for name in sorted(names):
+            role, rest = role_of(name)
+            alone = bool(rest) and not any(role_of(other) == ("train", rest) for other in names)
+            if role not in ("test", "val") or alone:
+                continue
+            place = f"{above}{name}/"
+            count = sum(file.startswith(place) for file in files)
+            raise UserError(
+                f"{here}: holds {legible(place)} ({count} images), which is named as a held-out side, and is none of a "
+                f"split at the top; put all images below train/ and test/, set dataset.path to the folder to take, or "
+                f"rename it if it is a class"
+            )
 
 
 def _refuse_empty_side(folder: Path, files: list[str], base: str, here: str) -> None:

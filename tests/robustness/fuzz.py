@@ -386,6 +386,14 @@ def where_they_went(prepared: Path, places: list[str], dataset: Dataset, printed
     assert (len(train), len(test)) == (info["counts"]["train"], info["counts"]["test"]), "an image is there twice"
     assert train and test and not train & test
     assert not [file for file in train if set(file.split("/")[:-1]) & set(HELD_OUT)], "a held-out image is trained on"
+    pairs = [
+        file
+        for file in train
+        for other in places
+        if "seg_test/" in file
+        if other.startswith(f"{file.partition('seg_test/')[0]}seg_train/")
+    ]
+    assert not pairs, "the held-out part of a pair of folders is trained on"
     classes = len(info["classes"])
     labels = np.bincount(load_labels(prepared, "train"), minlength=classes).tolist()
     assert (labels if classes else []) == info["class_counts"] and all(info["class_counts"]), "a class has no image"
