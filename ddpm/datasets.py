@@ -213,7 +213,7 @@ def _write_split(out: Path, split: Split, folder: Path, dataset: Dataset, conten
     chosen = subset_indices(split.labels, dataset.subset)
     images = [split.images[i] for i in chosen] if isinstance(split.images, list) else split.images[chosen]
     out.mkdir()
-    with closing(_converted(images, folder, size, channels, out.name)) as chunks:
+    with closing(_converted(images, folder, dataset, out.name)) as chunks:
         faults, marks = _write_images(out / "images.npy", chunks, (size, size, channels), content)
     labels = np.delete(split.labels[chosen], list(faults)).astype("<i8")
     buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
