@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from ddpm.checks import setting_faults
 from ddpm.errors import UserError
 from ddpm.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, near, shown, target_faults
 
@@ -308,11 +309,6 @@ def _misfits(params: Params) -> list[str]:
             f"model.attention = {shown(model.attention)}: must have one true or false for each of the "
             f"{len(model.channel_multipliers)} levels of model.channel_multipliers"
         )
-    if params.train.batch_size % params.train.accumulation:
-        faults.append(
-            f"train.accumulation = {params.train.accumulation}: must divide train.batch_size = "
-            f"{params.train.batch_size}"
-        )
     if params.runtime.launcher == "none" and params.runtime.processes is not None:
         faults.append(f"runtime.processes = {params.runtime.processes}: needs runtime.launcher = 'torchrun'")
     if params.sample.steps > params.diffusion.timesteps:
@@ -382,7 +378,7 @@ def check(tree: Any, source: str = "params.yaml") -> Params:
     except ValidationError as error:
         lines = [_line(fault) for fault in error.errors()] + lines
     else:
-        lines = lines or _misfits(params)
+        lines = lines or _misfits(params) + setting_faults(params)
         if not lines:
             return params
     told: dict[str, str] = {}  # the first fault of each setting
@@ -393,11 +389,11 @@ def check(tree: Any, source: str = "params.yaml") -> Params:
     raise UserError("\n".join(f"{source}: {line}" for line in printable))
 
 
-def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> Any:
-    """Read and check all of `path`; return an object that has the named sections and no others.
+def load_all(path: str | Path = "params.yaml") -> Params:
+    """Read and check all of `path`, with OmegaConf, since PyYAML takes `1e-4` for a string.
 
-    The whole file is checked in every stage, so that a misspelt evaluation setting stops the run before
-    the training and not after it. Read with OmegaConf, since PyYAML takes `1e-4` for a string.
+    Raises:
+        UserError: it is missing, unreadable or has faults, one line each.
     """
     OmegaConf.clear_resolver("oc.env")  # a stranger's parameters must not carry this machine's secrets into records
     try:
@@ -413,5 +409,14 @@ def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> 
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: is not readable as YAML: {reason[:300]}") from None
-    params = check(tree, str(path))
+    return check(tree, str(path))
+
+
+def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> Any:
+    """Read and check all of `path`; return an object that has the named sections and no others.
+
+    The whole file is checked in every stage, so that a misspelt evaluation setting stops the run before
+    the training and not after it.
+    """
+    params = load_all(path)
     return SimpleNamespace(**{name: getattr(params, name) for name in sections})

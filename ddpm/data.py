@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddpm import distributed
+from ddpm.checks import steps_per_epoch
 from ddpm.errors import UserError
 from ddpm.seeding import derive, generator
-from ddpm.targets import TRANSFORM, build
+from ddpm.transforms import Transforms
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -142,56 +143,57 @@ def told_labels(
     return model if labels is None else partial(model, labels=torch.from_numpy(np.array(labels[rows])).to(device))
 
 
-class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Maps (epoch, rows) to a batch of transformed images and its labels."""
+class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
+    """Maps (passes, rows) to a batch of transformed images and its labels: which images, each in which pass over all.
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transforms: list[dict[str, Any]], seed: int) -> None:
+    A fault is returned and not raised, since torch would wrap it in the traceback of the worker that met it.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transforms: Transforms, seed: int) -> None:
         self.images = images
         self.labels = labels
+        self.transforms = transforms
         self.seed = seed
-        try:
-            self.transforms = [build(node, TRANSFORM) for node in transforms]
-        except ValueError as error:
-            raise UserError(f"train.transforms: {error}") from None
 
-    def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor]:
-        epoch, rows = batch
+    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor] | UserError:
+        passes, rows = batch
         order = np.argsort(rows)  # read in the order of the file
         images = as_tensor(self.images[rows[order]])[torch.from_numpy(np.argsort(order))]
         labels = torch.from_numpy(self.labels[rows])
-        if not self.transforms:
+        if not self.transforms.nodes:
             return images, labels
-        with torch.random.fork_rng(devices=[]):
-            transformed = [self._transformed(image, epoch, int(row)) for image, row in zip(images, rows, strict=True)]
-        return torch.stack(transformed), labels
-
-    def _transformed(self, image: Tensor, epoch: int, row: int) -> Tensor:
-        shape = image.shape
-        torch.manual_seed(derive(self.seed, "augment", epoch, row))
-        for transform in self.transforms:
-            image = transform(image)
-        if not isinstance(image, Tensor) or image.shape != shape:
-            got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise UserError(f"train.transforms: give {got}, but the model needs images of shape {tuple(shape)}")
-        return image
+        seeds = [derive(self.seed, "augment", int(p), int(row)) for p, row in zip(passes, rows, strict=True)]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                transformed = [self.transforms(image, seed) for image, seed in zip(images, seeds, strict=True)]
+            return self.transforms.stack(transformed, images.shape[1:]), labels
+        except UserError as fault:
+            return fault
 
 
 class _Order:
-    """This process's share of all batches from one step on: the order of an epoch follows from (seed, epoch)."""
+    """This process's share of all batches from one step on: the order of a pass over all images follows from (seed,
+    pass). An epoch is one pass, or as many as one batch takes."""
 
     def __init__(self, count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.steps = range(first_step, last_step)
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        per_epoch = self.count // self.batch_size
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        per_epoch = steps_per_epoch(self.count, self.batch_size)
+        passes = -(-self.batch_size // self.count)  # of an epoch
+        epoch, order, numbers = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         for step in self.steps:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = generator(self.seed, "shuffle", epoch).permutation(self.count)
+                numbers = np.arange(epoch * passes, (epoch + 1) * passes)
+                order = np.concatenate(
+                    [generator(self.seed, "shuffle", int(n)).permutation(self.count) for n in numbers]
+                )
+                numbers = numbers.repeat(self.count)
             start = step % per_epoch * self.batch_size
-            yield epoch, order[start : start + self.batch_size][distributed.share(self.batch_size)]
+            mine = distributed.share(self.batch_size)
+            yield numbers[start : start + self.batch_size][mine], order[start : start + self.batch_size][mine]
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -210,16 +212,20 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The training batches of the steps asked for: the same for a step whatever came before it.
 
-    An epoch is a permutation of the images, less the rest that fills no batch. Random transforms draw anew for every
-    image, from (seed, epoch, image), so the numbers of workers and of processes change nothing. Where there are
-    several processes, each gets its share of every batch.
+    An epoch is a permutation of the images, less the rest that fills no batch. A batch larger than that is an epoch of
+    its own: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw anew for
+    every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where there
+    are several processes, each gets its share of every batch.
 
     Returns:
-        An iterator of images, uint8 (B, C, H, W), or float32 in [-1, 1] where the transforms end in floats, and
-        their labels, int64 (B,).
+        An iterator of images (B, C, H, W), uint8, or float32 in [0, 1] where the transforms end in floats, and their
+        labels, int64 (B,).
+
+    Raises:
+        UserError: from the iterator too: a transform fails, or gives something else; a worker has died.
     """
     loader = DataLoader(
-        _Batches(images, labels, transforms, seed),
+        _Batches(images, labels, Transforms(transforms), seed),
         batch_size=None,
         sampler=_Order(len(images), batch_size, seed, steps.start, steps.stop),
         generator=torch.Generator(),  # else the loader would draw from the global one
@@ -228,4 +234,19 @@ def batches(
         # "spawn" would import torch anew in each worker; forking is safe before the first CUDA call of a child
         multiprocessing_context="fork" if workers else None,
     )
-    return iter(loader)
+    return _sound(iter(loader), workers)
+
+
+def _sound(items: Iterator[Any], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"params.yaml: train.workers = {workers}: {reason}; lower it, or free memory (of /dev/shm, too)"
+        ) from None

@@ -10,7 +10,7 @@ import json
 import shutil
 import socket
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from http.client import HTTPException
@@ -50,12 +50,14 @@ class Source(NamedTuple):
     folder: Path = Path()
 
 
-def prepare(dataset: Dataset, out: Path, downloads: Path) -> dict[str, Any]:
+def prepare(
+    dataset: Dataset, out: Path, downloads: Path, check: Callable[[dict[str, Any]], None] = lambda info: None
+) -> dict[str, Any]:
     """Make `out` anew: {train,test}/{images,labels}.npy and dataset.json, whose content is returned.
 
     images: uint8 (N, image_size, image_size, channels); labels: int64 (N,). They are written beside `out` and
     moved there at the end, so that a failure leaves an older `out` as it was. `downloads` keeps what torchvision
-    fetches.
+    fetches. `check` is given the content of dataset.json before the move, and may refuse it.
 
     Raises:
         UserError: the source is missing, unfit or broken, one line a fault.
@@ -91,6 +93,7 @@ def prepare(dataset: Dataset, out: Path, downloads: Path) -> dict[str, Any]:
             "broken": len(broken),
             "sha256": content.hexdigest(),
         }
+        check(summary)
         (new / "dataset.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 

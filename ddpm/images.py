@@ -1,4 +1,4 @@
-"""The two ways between stored pixels and what the model sees. No other place converts."""
+"""The two ways between images, as stored or transformed, and what the model sees. No other place converts."""
 
 import numpy as np
 import torch
@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) in [0, 255] to float32 in [-1, 1]."""
+    """uint8 (B, C, H, W) in [0, 255], or float32 in [0, 1], to float32 in [-1, 1]."""
+    if images.is_floating_point():
+        return 2 * images - 1
     return images.to(torch.float32) / 127.5 - 1
 
 

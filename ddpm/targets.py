@@ -9,8 +9,8 @@ import ast
 import difflib
 import importlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,20 +21,56 @@ TORCH_DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the three modules and the base class that its objects have."""
+    """One of the three modules, the base class of its objects, and those that can never work here, each with why."""
 
     module: str
     base: str
-    not_for_params: tuple[str, ...] = ()  # need an argument that YAML cannot give, or another loop
+    not_for_params: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
-OPTIMIZER = Kind("torch.optim", "Optimizer", ("LBFGS", "SparseAdam", "Muon"))
+OPTIMIZER = Kind(
+    "torch.optim",
+    "Optimizer",
+    {
+        "LBFGS": "calls the loss several times per step",
+        "SparseAdam": "takes sparse gradients only",
+        "Muon": "takes matrices only, and the network has other parameters",
+    },
+)
 LR_SCHEDULER = Kind(
     "torch.optim.lr_scheduler",
     "LRScheduler",
-    ("ReduceLROnPlateau", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"),
+    {
+        "ReduceLROnPlateau": "follows a validation loss, which this training does not compute",
+        "LambdaLR": "takes a Python function",
+        "MultiplicativeLR": "takes a Python function",
+        "SequentialLR": "takes schedulers that are built already",
+        "ChainedScheduler": "takes schedulers that are built already",
+    },
 )
-TRANSFORM = Kind("torchvision.transforms.v2", "Transform", ("Lambda",))
+BOXES = "acts on boxes or key points, and the data has images alone"
+BATCHES = "mixes a batch of images with their labels, and transforms see one image at a time"
+SEVERAL = "gives several images in place of one"
+TRANSFORM = Kind(
+    "torchvision.transforms.v2",
+    "Transform",
+    {
+        "Lambda": "takes a Python function",
+        "LinearTransformation": "takes tensors, which YAML cannot give",
+        "UniformTemporalSubsample": "acts on videos, and the data has images alone",
+        "MixUp": BATCHES,
+        "CutMix": BATCHES,
+        "FiveCrop": SEVERAL,
+        "TenCrop": SEVERAL,
+        "ClampBoundingBoxes": BOXES,
+        "ClampKeyPoints": BOXES,
+        "ConvertBoundingBoxFormat": BOXES,
+        "RandomIoUCrop": BOXES,
+        "SanitizeBoundingBoxes": BOXES,
+        "SanitizeKeyPoints": BOXES,
+        "SetClampingMode": BOXES,
+    },
+)
 
 
 @cache
@@ -113,6 +149,9 @@ def target_faults(node: Any, kind: Kind, path: str) -> Iterator[str]:
         return
     module, _, name = node["_target_"].rpartition(".")
     names = allowed_names(kind)
+    if module == kind.module and name in kind.not_for_params:
+        yield f"{path}._target_ = {shown(node['_target_'])}: {kind.not_for_params[name]}; leave it out"
+        return
     if module != kind.module or name not in names:
         yield (
             f"{path}._target_ = {shown(node['_target_'])}: unknown{near(name, names)}; "

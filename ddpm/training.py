@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import signal
 import time
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from ddpm import distributed, samplers
 from ddpm.checkpoint import ResumeState
+from ddpm.checks import steps_per_epoch
 from ddpm.config import Instance, Runtime, Train
 from ddpm.data import batches
 from ddpm.device import Kernels, choose_kernels, memory_faults, peak_memory
@@ -37,6 +39,7 @@ from ddpm.unet import ResnetBlock, UNet, initialise
 SHOWN = 36  # images in each grid of a training
 HOPELESS = 10.0  # a mean loss above it has wrecked the weights: all targets have a variance of about 1
 PREVIEW_STEPS = 25  # DDIM steps of a preview: the more there are, the less time is left to train
+MOST_PREVIEWS = 250  # of a training, so that a long one on a small folder does not fill the disk
 LENGTHS = ("T_max", "total_iters", "total_steps")  # how the schedulers of torch call the number of steps
 MEMORY_ADVICE = (
     "raise train.accumulation (the same result in smaller parts), set train.activation_checkpointing=true or "
@@ -91,6 +94,21 @@ def make_lr_schedule(node: Instance | None, optimizer: Optimizer, warmup: int, s
     return SequentialLR(optimizer, [rise, after], milestones=[warmup])
 
 
+def epochs_per_preview(sample_every: int, epoch: int, whole: int) -> int:
+    """The smallest multiple of `sample_every` at which previews are neither the main work nor too many to look at.
+
+    Args:
+        sample_every: epochs that are asked for; 0 for no previews.
+        epoch: training images per epoch.
+        whole: training images in all.
+    """
+    if not sample_every:
+        return 0
+    # a training image costs three forward passes, so that previews take a quarter of the training's time at most
+    apart = max(SHOWN * PREVIEW_STEPS / 0.75, whole / MOST_PREVIEWS)
+    return sample_every * math.ceil(apart / (sample_every * epoch))
+
+
 def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.device) -> Tensor:
     """The same few images each time, by DDIM, of each class in turn: float32 (SHOWN, C, H, W) in [-1, 1]."""
     noise = samplers.ImageNoise(seed, range(SHOWN), model.config, device)
@@ -123,23 +141,27 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         labels: int64 (N,), used where the network is class-conditional.
 
     Raises:
-        UserError: fewer images than a batch, a batch that does not divide among the processes, a folder to start from
-            that does not fit, a refused setting, no memory left, or a loss that is no longer finite.
+        UserError: no images, a batch that does not divide among the processes, a folder to start from that does not
+            fit, a refused setting, a transform that fails, no memory left, or a loss that is no longer finite.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     p, device = job.train, job.device
-    if len(images) < p.batch_size:
-        raise UserError(
-            f"params.yaml: train.batch_size = {p.batch_size}: there are only {len(images)} training images; "
-            f"use at most that many"
-        )
+    if not len(images):
+        raise UserError("there are no training images; run the stage prepare_data again")
     if p.batch_size % (distributed.size() * p.accumulation):
         raise UserError(
             f"params.yaml: train.batch_size = {p.batch_size}: must be a multiple of {distributed.size()} processes x "
             f"train.accumulation = {p.accumulation}"
         )
-    per_epoch = len(images) // p.batch_size
+    per_epoch = steps_per_epoch(len(images), p.batch_size)
     total = p.steps if p.steps is not None else per_epoch * (p.epochs or 0)
+    preview_every = epochs_per_preview(p.sample_every, per_epoch * p.batch_size, total * p.batch_size)
+    if p.batch_size > len(images):
+        print(
+            f"train.batch_size = {p.batch_size}: each step takes all {len(images)} images, some of them several times"
+        )
+    if preview_every > p.sample_every:
+        print(f"train.sample_every = {p.sample_every}: epochs are short, so previews are {preview_every} epochs apart")
     if p.init_from is None:
         initialise(model, torch.Generator().manual_seed(derive(p.seed, "init")))
     else:
@@ -217,7 +239,7 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
                 bar.set_postfix(step=done, loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update(p.batch_size)
             epoch, within = divmod(done, per_epoch)
-            if within == 0 and p.sample_every and epoch % p.sample_every == 0 and distributed.rank() == 0:
+            if within == 0 and preview_every and epoch % preview_every == 0 and distributed.rank() == 0:
                 pixels = to_pixels(preview(ema.model, job.diffusion, p.seed, device))
                 job.tracker.log_picture(done, f"samples_epoch_{epoch:05d}", grid(pixels), job.folder)
             # at the end of an epoch too, unless epochs are so short that saving would take over 1 % of the time
@@ -253,11 +275,10 @@ def _step(
 
     Args:
         network: the model, as it is called: compiled, or with gradients that are averaged over processes.
-        batch: this process's share of the step's images, uint8 or float (b, C, H, W); classes: int64 (b,).
+        batch: this process's share of the step's images (b, C, H, W), uint8 or float32 in [0, 1]; classes: int64 (b,).
     """
     p, device = job.train, job.device
-    batch = batch.to(device, non_blocking=True)
-    x0 = batch if batch.is_floating_point() else to_model_range(batch)
+    x0 = to_model_range(batch.to(device, non_blocking=True))
     # flips, timesteps, noise and hidden labels are drawn for the whole batch: a process takes its share
     mine = distributed.share(p.batch_size)
     torch.manual_seed(derive(p.seed, "step", step))
@@ -300,8 +321,7 @@ def _show_inputs(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job) 
     """Record one batch as the network sees it, and the noise that the previews start from."""
     p = job.train
     one = batches(images, labels, batch_size=p.batch_size, seed=p.seed, steps=range(1), transforms=p.transforms)
-    first = next(one)[0][:SHOWN]
-    x0 = first if first.is_floating_point() else to_model_range(first)
+    x0 = to_model_range(next(one)[0][:SHOWN])
     job.tracker.log_picture(0, "inputs", grid(to_pixels(x0)), job.folder)
     noise = samplers.ImageNoise(p.seed, range(SHOWN), model.config, job.device)()
     job.tracker.log_picture(0, "noise", grid(to_pixels(noise)), job.folder)

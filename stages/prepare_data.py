@@ -3,9 +3,11 @@
 Writes {train,test}/images.npy (uint8 N x H x W x C), {train,test}/labels.npy (int64 N) and dataset.json.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ddpm.checks import check_data
 from ddpm.runtime import root, run_stage
 
 SECTIONS = ("dataset",)
@@ -13,9 +15,16 @@ OUT = Path("data/prepared")
 
 
 def main(params: Any) -> None:
-    from ddpm.datasets import prepare  # after the parameters are checked: it loads numpy and Pillow
+    # after the parameters are checked, since they load numpy, Pillow and torch
+    from ddpm.config import load_all
+    from ddpm.datasets import prepare
 
-    summary = prepare(params.dataset, OUT, downloads=root() / "data/downloads")
+    p, later = params.dataset, load_all()  # all sections, to refuse now what a later stage would
+    if later.train.transforms:
+        from ddpm.transforms import Transforms
+
+        Transforms(later.train.transforms).probe((p.channels, p.image_size, p.image_size))
+    summary = prepare(p, OUT, root() / "data/downloads", check=partial(check_data, later))
     counts, shape = summary["counts"], "x".join(map(str, summary["shape"]))
     print(
         f"{summary['name']}: {counts['train']} train and {counts['test']} test images of {shape}, "

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ddpm.checks import check_data
 from ddpm.errors import UserError
 from ddpm.runtime import root, run_stage
 
@@ -14,6 +15,7 @@ def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
     from ddpm import distributed
     from ddpm.checkpoint import ResumeState, fingerprint, state_folder
+    from ddpm.config import load_all
     from ddpm.data import load_images, load_info, load_labels, watch
     from ddpm.device import choose_device
     from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
@@ -21,19 +23,21 @@ def main(params: Any) -> None:
     from ddpm.pipeline_io import save_model, weights_sha256
     from ddpm.tracking import Tracker
     from ddpm.training import Job, train
+    from ddpm.transforms import Transforms
     from ddpm.unet import UNet, unet_config
 
     init = params.train.init_from
-    if init is not None and Path(init).resolve() == MODEL.resolve():
-        raise UserError(f"params.yaml: train.init_from = {init}: is removed before each training; start from a copy")
-    data, changed = load_info(DATA), watch(DATA)
+    data = load_info(DATA)
+    size, _, channels = data["shape"]
+    check_data(load_all(), data)  # all sections, to refuse now what a later stage would
+    Transforms(params.train.transforms).probe((channels, size, size))
+    changed = watch(DATA)
     images, labels = load_images(DATA, "train"), load_labels(DATA, "train")
     config = {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
     start = {} if init is None else {"init_from": weights_sha256(init)}
     run = fingerprint(config, data["sha256"], start)
     device = choose_device(params.runtime)
     diffusion = DiffusionConfig(**params.diffusion.model_dump())
-    size, _, channels = data["shape"]
     unlabelled = params.train.label_dropout > 0
     model = UNet(unet_config(params.model, size, channels, diffusion.learn_variance, data["classes"], unlabelled))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
