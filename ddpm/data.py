@@ -1,7 +1,9 @@
 """Prepared images as batches. Arrays are memory-mapped, so a data set may be larger than memory."""
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -222,7 +224,7 @@ def batches(
         labels, int64 (B,).
 
     Raises:
-        UserError: from the iterator too: a transform fails, or gives something else; a worker has died.
+        UserError: from the iterator too: a transform fails, or gives something else.
     """
     loader = DataLoader(
         _Batches(images, labels, Transforms(transforms), seed),
@@ -234,19 +236,34 @@ def batches(
         # "spawn" would import torch anew in each worker; forking is safe before the first CUDA call of a child
         multiprocessing_context="fork" if workers else None,
     )
-    return _sound(iter(loader), workers)
+    # the workers keep this mask: a Ctrl-C reaches them, too, and the training still needs them to end its step
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    items = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return _sound(items)
 
 
-def _sound(items: Iterator[Any], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _sound(items: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+@contextmanager
+def worker_faults(workers: int) -> Iterator[None]:
+    """Report in one line that a worker has died, which torch raises wherever the program is at that moment.
+
+    Raises:
+        UserError: a worker has died.
+    """
     try:
-        for item in items:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"params.yaml: train.workers = {workers}: {reason}; lower it, or free memory (of /dev/shm, too)"
+            f"params.yaml: train.workers = {workers}: {reason}; lower it, or free memory (that of /dev/shm, too). "
+            f"The last state is kept: run it again to continue"
         ) from None

@@ -150,7 +150,8 @@ def target_faults(node: Any, kind: Kind, path: str) -> Iterator[str]:
     module, _, name = node["_target_"].rpartition(".")
     names = allowed_names(kind)
     if module == kind.module and name in kind.not_for_params:
-        yield f"{path}._target_ = {shown(node['_target_'])}: {kind.not_for_params[name]}; leave it out"
+        mends = "leave it out" if kind is TRANSFORM else f"use another, such as {names[0]} or {names[1]}"
+        yield f"{path}._target_ = {shown(node['_target_'])}: {kind.not_for_params[name]}; {mends}"
         return
     if module != kind.module or name not in names:
         yield (

@@ -22,7 +22,7 @@ from ddpm import distributed, samplers
 from ddpm.checkpoint import ResumeState
 from ddpm.checks import steps_per_epoch
 from ddpm.config import Instance, Runtime, Train
-from ddpm.data import batches
+from ddpm.data import batches, worker_faults
 from ddpm.device import Kernels, choose_kernels, memory_faults, peak_memory
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.errors import UserError
@@ -157,9 +157,7 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
     total = p.steps if p.steps is not None else per_epoch * (p.epochs or 0)
     preview_every = epochs_per_preview(p.sample_every, per_epoch * p.batch_size, total * p.batch_size)
     if p.batch_size > len(images):
-        print(
-            f"train.batch_size = {p.batch_size}: each step takes all {len(images)} images, some of them several times"
-        )
+        print(f"train.batch_size = {p.batch_size}: more than the {len(images)} images, so each step repeats some")
     if preview_every > p.sample_every:
         print(f"train.sample_every = {p.sample_every}: epochs are short, so previews are {preview_every} epochs apart")
     if p.init_from is None:
@@ -215,7 +213,7 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         pin_memory=device.type == "cuda",
     )
     bar = Progress(total * p.batch_size, "train", "img", start * p.batch_size)
-    with signals_deferred() as signals, memory_faults(MEMORY_ADVICE), bar:
+    with signals_deferred() as signals, memory_faults(MEMORY_ADVICE), worker_faults(p.workers), bar:
         began = saved_at = told_at = time.monotonic()
         cost = 0.0  # of the last save, in seconds
         busy = 0.0  # seconds inside forward, backward and step

@@ -9,6 +9,7 @@ import torch
 
 from ddpm.data import as_tensor, batches, load_images, load_info, load_labels
 from ddpm.errors import UserError
+from ddpm.images import to_model_range
 from tests.conftest import ROOT
 
 IMAGES = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), dtype=np.uint8)
@@ -71,18 +72,59 @@ def test_another_seed_gives_another_order():
     assert not torch.equal(drawn(0, 1)[0], drawn(0, 1, seed=1)[0])
 
 
-def test_transforms_may_end_in_floats():
+@pytest.mark.parametrize("workers", [0, 2])
+def test_transforms_that_end_in_floats_give_the_network_the_same_images(workers):
     node = {"_target_": "torchvision.transforms.v2.ToDtype", "dtype": "torch.float32", "scale": True}
-    batch = drawn(
-        0, 1, transforms=[node, {"_target_": "torchvision.transforms.v2.Normalize", "mean": [0.5], "std": [0.5]}]
+    floats, pixels = drawn(transforms=[node], workers=workers), drawn()
+    for one, other in zip(floats, pixels, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(to_model_range(one), to_model_range(other))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_transform_that_fails_at_a_later_step_is_one_line(workers):
+    """In a worker, too, where torch would add its traceback."""
+    crop = {"_target_": "torchvision.transforms.v2.RandomCrop", "size": 64}
+    sometimes = {"_target_": "torchvision.transforms.v2.RandomApply", "p": 0.02, "transforms": [crop]}
+    steps = batches(
+        IMAGES, LABELS, batch_size=8, seed=0, steps=range(99), transforms=[JITTER[0], sometimes], workers=workers
     )
-    assert batch[0].dtype == torch.float32
-    torch.testing.assert_close(batch[0], drawn(0, 1)[0] / 127.5 - 1)
+    assert len(next(steps)[0]) == 8
+    with pytest.raises(UserError) as fault:
+        list(steps)
+    assert str(fault.value).startswith("params.yaml: train.transforms.1 (RandomApply): Required crop size (64, 64) is ")
+    assert str(fault.value).isprintable()
 
 
-def test_a_transform_that_changes_the_shape_is_refused():
-    with pytest.raises(UserError, match=r"train.transforms: give shape \(3, 4, 4\).*\(3, 8, 8\)"):
-        drawn(transforms=[{"_target_": "torchvision.transforms.v2.CenterCrop", "size": 4}])
+def test_no_batch_of_floats_outside_the_range_reaches_the_network():
+    """A chance that a probe may miss: each batch is checked."""
+    fill = {"_target_": "torchvision.transforms.v2.RandomErasing", "p": 0.01, "value": 9.0}
+    scaled = {"_target_": "torchvision.transforms.v2.ToDtype", "dtype": "torch.float32", "scale": True}
+    with pytest.raises(UserError, match=r"train.transforms: gives floats from 0 to 9, and must stay in \[0, 1\]; "):
+        drawn(0, 99, transforms=[scaled, fill])
+
+
+def test_a_batch_larger_than_the_folder_takes_every_image_as_often_as_any_other():
+    """120 of 50 images: twice each, and 20 a third time; each step is an epoch of three new orders."""
+    steps = [[int(value) for value in batch[:, 0, 0, 0]] for batch in drawn(0, 4, batch_size=120)]
+    for batch in steps:
+        assert sorted(batch[:50]) == sorted(batch[50:100]) == list(range(50))
+        assert len(set(batch[100:])) == 20
+        assert batch[:50] != batch[50:100]
+    assert len(set(map(tuple, steps))) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_large_batch_is_the_same_after_a_stop_and_with_workers(workers):
+    whole = drawn(0, 5, batch_size=120, transforms=JITTER)
+    rest = drawn(2, 5, batch_size=120, transforms=JITTER, workers=workers)
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+
+
+def test_an_image_that_is_twice_in_a_batch_is_transformed_in_two_ways():
+    images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    batch, _ = next(batches(images, np.zeros(1, int), batch_size=16, seed=0, steps=range(1), transforms=JITTER))
+    assert len({tuple(one.flatten().tolist()) for one in batch}) > 10
 
 
 def test_stored_pixels_arrive_in_the_models_layout():

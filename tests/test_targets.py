@@ -105,6 +105,17 @@ def test_what_is_nested_is_refused_as_well(node, path):
         build(node, TRANSFORM)
 
 
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in kind.not_for_params], ids=ids)
+def test_a_class_that_can_never_work_is_refused_with_the_reason(kind, name):
+    node = {"_target_": f"{kind.module}.{name}"}
+    reason = f"{kind.not_for_params[name]}; {'leave it out' if kind is TRANSFORM else 'use another, such as '}"
+    (line,) = faults(node, kind)
+    assert line.startswith(f"here._target_ = '{kind.module}.{name}': {reason}")
+    if kind is TRANSFORM:
+        (line,) = faults({"_target_": f"{V2}.RandomApply", "transforms": [node]}, kind)
+        assert line.startswith("here.transforms.0._target_ = ")
+
+
 def test_all_faults_of_a_mapping_are_told():
     node = {
         "_target_": f"{V2}.RandomApply",

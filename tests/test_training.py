@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from ddpm import samplers, training
 from ddpm.checkpoint import ResumeState
+from ddpm.checks import steps_per_epoch
 from ddpm.config import Tracking, check
 from ddpm.data import as_tensor
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
@@ -78,12 +79,19 @@ def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="r
     return model, tracker
 
 
+@pytest.fixture
+def previews_at_will(monkeypatch):
+    """As often as sample_every says: the images of these tests are too few for the bound."""
+    monkeypatch.setattr(training, "epochs_per_preview", lambda sample_every, epoch, whole: sample_every)
+
+
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("network", [UNCONDITIONAL, TWO_CLASSES])
+@pytest.mark.usefixtures("previews_at_will")
 def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network):
     changes = ("train.flip=true", "train.sample_every=2")
     whole, curves = run(tmp_path, *changes, device=device, network=network)
@@ -233,9 +241,60 @@ def test_four_images_are_learnt_in_fifty_steps_on_every_seed(seed):
 
 
 def test_epochs_are_counted_in_whole_batches(tmp_path):
-    _, curves = run(tmp_path, "train.steps=null", "train.epochs=3", "train.sample_every=2")  # 40 images, 5 batches of 8
+    images = np.tile(IMAGES, (16, 1, 1, 1))  # 640, 5 batches of 128: two epochs are enough for a preview
+    length = ("train.steps=null", "train.epochs=3", "train.batch_size=128")
+    _, curves = run(tmp_path, *length, "train.sample_every=1", images=images)
     assert max(curves.logged) == 15
     assert curves.pictures[2:] == ["samples_epoch_00002"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "epochs"),
+    [
+        ((), 1438, 10),  # the committed run
+        (("+experiment=smoke",), 1438, 1),
+        (("+experiment=short",), 1600, 1),  # of 2,000 images
+        (("+experiment=short",), 48, 38),  # of 60: 32 images are an epoch
+        (("+experiment=cifar10",), 50_000, 10),
+        (("+experiment=folder64",), 50_000, 50),
+        (("+experiment=folder64",), 48, 400),  # a hundred thousand epochs
+        (("train.sample_every=0",), 48, 0),
+    ],
+)
+def test_previews_are_a_quarter_of_the_time_at_most_whatever_the_folder(settings, images, epochs):
+    p = check(composed(*settings)).train
+    epoch = steps_per_epoch(images, p.batch_size) * p.batch_size
+    assert training.epochs_per_preview(p.sample_every, epoch, p.steps * p.batch_size) == epochs
+
+
+@pytest.mark.parametrize("size", [1, 5, 47])
+def test_a_folder_smaller_than_a_batch_is_trained_on(tmp_path, size, capsys):
+    """And a run that was stopped ends as one that was not."""
+    images = np.tile(IMAGES, (2, 1, 1, 1))[:size]
+    settings = ("train.batch_size=48", "train.steps=null", "train.epochs=4")
+    whole, curves = run(tmp_path, *settings, images=images)
+    assert max(curves.logged) == 4  # an epoch is one step
+    assert f"train.batch_size = 48: more than the {size} images, so each step repeats some" in capsys.readouterr().out
+    with pytest.raises(Interrupted):
+        run(tmp_path, *settings, images=images, stop_at=3, name="cut")
+    assert same(whole, run(tmp_path, *settings, images=images, name="cut")[0])
+
+
+def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, monkeypatch):
+    """ToDtype with scale, which once trained on [0, 1] as if it were [-1, 1]."""
+    seen, inputs = [], []
+    original = GaussianDiffusion.losses
+    monkeypatch.setattr(
+        GaussianDiffusion, "losses", lambda self, m, x0, *rest: (seen.append(x0), original(self, m, x0, *rest))[1]
+    )
+    node = "{_target_: torchvision.transforms.v2.ToDtype, dtype: torch.float32, scale: true}"
+    for name, transforms in (("pixels", "[]"), ("floats", f"[{node}]")):
+        run(tmp_path, f"train.transforms={transforms}", "train.steps=3", name=name)
+        inputs.append((tmp_path / "pictures/inputs.png").read_bytes())
+    for pixels, floats in zip(seen[:3], seen[3:], strict=True):
+        assert floats.min() < -0.9
+        torch.testing.assert_close(pixels, floats)
+    assert inputs[0] == inputs[1]  # the picture of a batch, too
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -297,9 +356,9 @@ def test_a_loss_far_above_that_of_predicting_nothing_stops_the_training(tmp_path
         run(tmp_path, "optimizer.lr=3.0", "train.warmup_steps=0", "train.steps=200")
 
 
-def test_fewer_images_than_a_batch_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"train.batch_size = 64: there are only 40 training images"):
-        run(tmp_path, "train.batch_size=64")
+def test_no_images_at_all_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there are no training images; run the stage prepare_data again"):
+        run(tmp_path, images=IMAGES[:0])
 
 
 def test_a_value_that_torch_refuses_is_told_with_its_setting(tmp_path):
@@ -328,6 +387,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_then_follows_the_schedule(ch
     assert rates[4:] == pytest.approx(expected[choice])
 
 
+@pytest.mark.usefixtures("previews_at_will")
 def test_the_average_is_what_is_previewed_and_kept_and_not_the_live_weights(tmp_path, monkeypatch):
     seen, original = [], training.preview
     monkeypatch.setattr(EMA, "update", lambda self, step: None)  # so that it stays at the initial weights

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ddpm.config import Dataset
 from stages import prepare_data
+from tests.conftest import ROOT, composed
 
 pytestmark = pytest.mark.process
 
-ROOT = Path(__file__).resolve().parents[2]
 DIGITS: dict[str, Any] = {
     "name": "digits",
     "path": "raw",
@@ -30,16 +31,13 @@ DIGITS: dict[str, Any] = {
 }
 
 
-def program(**changes: Any) -> list[str]:
-    """The stage with these parameters, read past params.yaml: the other sections are none of its business."""
-    return [
-        sys.executable,
-        "-c",
-        "from types import SimpleNamespace; from ddpm import config, runtime; from ddpm.config import Dataset\n"
-        f"config.load_params = lambda sections: SimpleNamespace(dataset=Dataset(**{DIGITS | changes!r}))\n"
-        "from stages.prepare_data import SECTIONS, main\n"
-        "runtime.run_stage(main, SECTIONS)",
-    ]
+PROGRAM = [sys.executable, "-m", "stages.prepare_data"]
+
+
+def write_params(folder: Path, *overrides: str, **changes: Any) -> None:
+    """params.yaml, with changes to the settings of the data and Hydra's overrides of any other."""
+    tree = composed(*overrides)
+    (folder / "params.yaml").write_text(OmegaConf.to_yaml(tree | {"dataset": DIGITS | changes}))
 
 
 def names(folder: Path) -> list[str]:
@@ -54,6 +52,7 @@ def test_the_stage_writes_the_prepared_data_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_params(tmp_path)
     prepare_data.main(SimpleNamespace(dataset=Dataset(**DIGITS)))
     told = capsys.readouterr().out
     assert told == "digits: 20 train and 20 test images of 8x8x1, 10 classes, in data/prepared\n"
@@ -83,7 +82,8 @@ def test_a_wrong_parameter_is_told_in_two_seconds(tmp_path: Path) -> None:
 
 
 def test_a_fault_is_told_without_a_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(program(name="folder"), cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    write_params(tmp_path, name="folder")
+    done = subprocess.run(PROGRAM, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: dataset.path = raw: there is no such folder") and done.stderr.count("\n") == 1
 
@@ -124,8 +124,9 @@ def alive(pid: int) -> bool:
 
 def started(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """The stage at work on the images of `folder`, and its processes once it decodes."""
+    write_params(folder, name="folder", channels=3, subset=None)
     process = subprocess.Popen(
-        program(name="folder", channels=3, subset=None),
+        PROGRAM,
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
