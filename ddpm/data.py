@@ -2,7 +2,7 @@
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -211,7 +211,7 @@ def batches(
     transforms: list[dict[str, Any]],
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The training batches of the steps asked for: the same for a step whatever came before it.
 
     An epoch is a permutation of the images, less the rest that fills no batch. A batch larger than that is an epoch of
@@ -220,11 +220,11 @@ def batches(
     are several processes, each gets its share of every batch.
 
     Returns:
-        An iterator of images (B, C, H, W), uint8, or float32 in [0, 1] where the transforms end in floats, and their
-        labels, int64 (B,).
+        A generator of images (B, C, H, W), uint8, or float32 in [0, 1] where the transforms end in floats, and their
+        labels, int64 (B,). Close it where it may not be run to its end: that ends the workers.
 
     Raises:
-        UserError: from the iterator too: a transform fails, or gives something else.
+        UserError: from the generator too: a transform fails, or gives something else.
     """
     loader = DataLoader(
         _Batches(images, labels, Transforms(transforms), seed),
@@ -243,11 +243,14 @@ def batches(
     return _sound(items)
 
 
-def _sound(items: Iterator[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    for item in items:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+def _sound(items: Iterator[Any]) -> Generator[tuple[Tensor, Tensor], None, None]:
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        del items  # which ends the workers; a traceback that holds this frame would keep them until python waits
 
 
 @contextmanager

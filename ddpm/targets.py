@@ -21,16 +21,18 @@ TORCH_DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the three modules, the base class of its objects, and those that can never work here, each with why."""
+    """One of the three modules, the base class of its objects, and why some of them can never work here."""
 
     module: str
     base: str
-    not_for_params: Mapping[str, str] = field(default_factory=dict, hash=False)
+    instead: str  # what to do in place of naming one that can never work here
+    not_for_params: Mapping[str, str] = field(hash=False)
 
 
 OPTIMIZER = Kind(
     "torch.optim",
     "Optimizer",
+    "use another, as torch.optim.AdamW",
     {
         "LBFGS": "calls the loss several times per step",
         "SparseAdam": "takes sparse gradients only",
@@ -40,6 +42,7 @@ OPTIMIZER = Kind(
 LR_SCHEDULER = Kind(
     "torch.optim.lr_scheduler",
     "LRScheduler",
+    "use another, as torch.optim.lr_scheduler.CosineAnnealingLR",
     {
         "ReduceLROnPlateau": "follows a validation loss, which this training does not compute",
         "LambdaLR": "takes a Python function",
@@ -54,6 +57,7 @@ SEVERAL = "gives several images in place of one"
 TRANSFORM = Kind(
     "torchvision.transforms.v2",
     "Transform",
+    "leave it out",
     {
         "Lambda": "takes a Python function",
         "LinearTransformation": "takes tensors, which YAML cannot give",
@@ -150,8 +154,7 @@ def target_faults(node: Any, kind: Kind, path: str) -> Iterator[str]:
     module, _, name = node["_target_"].rpartition(".")
     names = allowed_names(kind)
     if module == kind.module and name in kind.not_for_params:
-        mends = "leave it out" if kind is TRANSFORM else f"use another, such as {names[0]} or {names[1]}"
-        yield f"{path}._target_ = {shown(node['_target_'])}: {kind.not_for_params[name]}; {mends}"
+        yield f"{path}._target_ = {shown(node['_target_'])}: {kind.not_for_params[name]}; {kind.instead}"
         return
     if module != kind.module or name not in names:
         yield (

@@ -5,7 +5,7 @@ import inspect
 import math
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,7 +213,7 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         pin_memory=device.type == "cuda",
     )
     bar = Progress(total * p.batch_size, "train", "img", start * p.batch_size)
-    with signals_deferred() as signals, memory_faults(MEMORY_ADVICE), worker_faults(p.workers), bar:
+    with signals_deferred() as signals, memory_faults(MEMORY_ADVICE), worker_faults(p.workers), closing(steps), bar:
         began = saved_at = told_at = time.monotonic()
         cost = 0.0  # of the last save, in seconds
         busy = 0.0  # seconds inside forward, backward and step

@@ -108,7 +108,7 @@ def test_what_is_nested_is_refused_as_well(node, path):
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in kind.not_for_params], ids=ids)
 def test_a_class_that_can_never_work_is_refused_with_the_reason(kind, name):
     node = {"_target_": f"{kind.module}.{name}"}
-    reason = f"{kind.not_for_params[name]}; {'leave it out' if kind is TRANSFORM else 'use another, such as '}"
+    reason = f"{kind.not_for_params[name]}; {kind.instead}"
     (line,) = faults(node, kind)
     assert line.startswith(f"here._target_ = '{kind.module}.{name}': {reason}")
     if kind is TRANSFORM:
@@ -226,7 +226,7 @@ def test_a_schedule_that_goes_on_from_nowhere_is_refused_with_its_name():
 
 def test_a_library_that_is_not_installed_says_what_to_do():
     with pytest.raises(ModuleNotFoundError, match="no_such_library is not installed: run make repro"):
-        targets.allowed_names(targets.Kind("no_such_library.part", "Base"))
+        targets.allowed_names(targets.Kind("no_such_library.part", "Base", "", {}))
 
 
 def test_a_value_in_a_message_is_short_and_on_one_line():

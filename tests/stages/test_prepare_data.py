@@ -88,6 +88,38 @@ def test_a_fault_is_told_without_a_traceback(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: dataset.path = raw: there is no such folder") and done.stderr.count("\n") == 1
 
 
+CROP = "train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 64}]"
+EPOCH = ("train.steps=null", "train.epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        ((CROP,), ["train.transforms.0 (RandomCrop): Required crop size (64, 64) is larger than input image size"]),
+        (("train.transforms=[{_target_: torchvision.transforms.v2.ConvertImageDtype, dtype: torch.float64}]",),
+         ["train.transforms: gives images of float64"]),
+        (("model.class_conditional=true", "sample.classes=[3, x]", *EPOCH, "train.warmup_steps=2"),
+         ["train.warmup_steps = 2: longer than the training", "sample.classes = [3, 'x']: 'x' is no class of"]),
+        (("train.steps=99",), ["train.warmup_steps = 100: longer than the training"]),
+        (("train.init_from=nowhere", "evaluate=inception", "evaluate.inception_weights=none.pth"),
+         ["evaluate.inception_weights = 'none.pth': there is no such file", "train.init_from = 'nowhere': there"]),
+    ],
+)  # fmt: skip
+def test_faults_of_later_stages_are_reported_by_this_one_and_leave_the_old_data(
+    tmp_path: Path, overrides: tuple[str, ...], lines: list[str]
+) -> None:
+    write_params(tmp_path, *overrides)
+    (tmp_path / "data/prepared").mkdir(parents=True)
+    (tmp_path / "data/prepared/old").touch()
+    done = subprocess.run(PROGRAM, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    told = done.stderr.splitlines()
+    for line, start in zip(told, lines, strict=True):
+        assert line.startswith(f"error: params.yaml: {start}")
+    assert names(tmp_path / "data") == ["prepared"]
+    assert names(tmp_path / "data/prepared") == ["old"]
+
+
 @pytest.fixture
 def many_large_images(tmp_path: Path) -> Path:
     """Enough work for half a minute or more: 3,000 links to one large image."""

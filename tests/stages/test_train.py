@@ -1,0 +1,100 @@
+"""The stage with loader workers, as dvc runs it: a fault or a signal ends in one line, whichever process it reaches."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from omegaconf import OmegaConf
+
+from stages import prepare_data
+from tests.conftest import ROOT, composed
+from tests.stages.test_pipeline import run
+
+FLIP = "{_target_: torchvision.transforms.v2.RandomHorizontalFlip}"
+CROP = "{_target_: torchvision.transforms.v2.RandomCrop, size: 64}"
+RARELY = f"{{_target_: torchvision.transforms.v2.RandomApply, p: 0.003, transforms: [{CROP}]}}"  # a probe misses it
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with prepared data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    run(prepare_data)
+    return tmp_path
+
+
+def started(folder: Path, transform: str) -> subprocess.Popen[str]:
+    """The stage with two workers, in a process group of its own, as a terminal starts it; it trains for minutes."""
+    tree = composed("+experiment=smoke", "train.steps=20000", "train.workers=2", f"train.transforms=[{transform}]")
+    (folder / "params.yaml").write_text(OmegaConf.to_yaml(tree))
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.train"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until_it_trains(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("first step"):
+        assert process.poll() is None
+    time.sleep(0.5)
+
+
+def told(process: subprocess.Popen[str]) -> list[str]:
+    """Its last words, less the lines of progress."""
+    _, errors = process.communicate(timeout=60)
+    return [line for line in errors.splitlines() if not line.startswith("train: ")]
+
+
+def test_a_transform_that_fails_in_a_worker_is_one_line(place: Path) -> None:
+    process = started(place, RARELY)
+    (line,) = told(process)
+    assert process.returncode == 1
+    assert line.startswith(
+        "error: params.yaml: train.transforms.0 (RandomApply): Required crop size (64, 64) is larger"
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_ends_in_one_line(place: Path, signum: signal.Signals) -> None:
+    process = started(place, FLIP)
+    until_it_trains(process)
+    os.killpg(process.pid, signum)  # as Ctrl-C in a terminal does
+    (line,) = told(process)
+    assert (process.returncode, line) == (128 + signum, f"stopped by {signum.name}; run it again to go on")
+    assert list(place.glob(".state/train-*/state.pt"))
+
+
+def test_a_worker_that_is_killed_ends_the_training_in_one_line(place: Path) -> None:
+    process = started(place, FLIP)
+    until_it_trains(process)
+    psutil.Process(process.pid).children()[0].kill()  # as the kernel does where memory ends
+    (line,) = told(process)
+    assert process.returncode == 1
+    assert line.startswith("error: params.yaml: train.workers = 2: DataLoader worker (pid ")
+    assert "is killed by signal: Killed; lower it, or free memory" in line
+
+
+def test_a_fault_beside_the_data_is_reported_before_anything_is_written(place: Path) -> None:
+    tree = composed("+experiment=smoke", f"train.transforms=[{CROP}]")
+    (place / "params.yaml").write_text(OmegaConf.to_yaml(tree))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.train"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: params.yaml: train.transforms.0 (RandomCrop): Required crop size (64, 64) is "
+    )
+    assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in place.iterdir()) == ["data", "params.yaml"]
