@@ -168,4 +168,4 @@ def test_a_run_of_one_machine_goes_on_on_two_with_the_same_loss_curve(place):
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(place):
     out = finish(start(place, "train", *SEVERAL, "train.batch_size=9"), 1)
-    assert "train.batch_size = 9: must be a multiple of 2 processes x train.accumulation = 1" in out
+    assert "train.batch_size = 9: must be a multiple of train.accumulation = 1 x runtime.processes = 2" in out

@@ -237,9 +237,9 @@ LONG = {
     "verify-cpu": "python -m tests.robustness.cpus",
 }
 SMOKE = " ".join(OVERRIDES)
-TRAIN = f"{SMOKE} -S train.steps=4 train"  # that stage alone
+TRAIN = f"{SMOKE} -S train.steps=4 -S train.warmup_steps=0 train"  # that stage alone
 TINY = (
-    "-S model.base_channels=16 -S train.steps=2 -S train.batch_size=4 "
+    "-S model.base_channels=16 -S train.steps=2 -S train.warmup_steps=0 -S train.batch_size=4 "
     "-S sample.count=8 -S sample.steps=2 -S sample.batch_size=8 "
     "-S evaluate.loss_images=2 -S evaluate.loss_bins=1 -S evaluate.bound_images=0 "
     "-S dataset.test_fraction=0.5 -S dataset.image_size=16 -S runtime.threads=1"
@@ -312,7 +312,7 @@ VERIFIED = {
     "dvc queue start -j 2": Verified(after=until_done),
     "dvc queue status": Verified(after=four_states),
     "dvc exp run -S model.class_conditional=true -S sample.guidance=2.0 -S 'sample.classes=[3, 8]'": Verified(
-        f"{SMOKE} -S train.steps=4 -S evaluate.bound_images=0", after=two_classes, slow=True
+        f"{SMOKE} -S train.steps=4 -S train.warmup_steps=0 -S evaluate.bound_images=0", after=two_classes, slow=True
     ),
     "dvc repro -f && git diff --exit-code dvc.lock": Verified(after=contains("Running stage 'train'"), slow=True),
     "dvc remote add --default storage /mnt/storage/ddpm": Verified(),

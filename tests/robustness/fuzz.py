@@ -34,12 +34,14 @@ from PIL import Image
 
 from ddpm.checkpoint import ResumeState
 from ddpm.config import Dataset, check, load_params
-from ddpm.data import load_images, load_info, load_labels
+from ddpm.data import batches, load_images, load_info, load_labels
 from ddpm.datasets import prepare
 from ddpm.decode import decode_file
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.pipeline_io import load_model, save_model, training_run
+from ddpm.targets import TRANSFORM, allowed_names, argument_names
+from ddpm.transforms import TOLERANCE, Transforms
 from tests.conftest import composed, small_unet
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "PNG", "txt", "png.exe", "")
@@ -460,9 +462,70 @@ def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
         shutil.rmtree(folder)
 
 
+# Arguments that most transforms of 8 x 8 images take, by their name
+SUITABLE: dict[str, Any] = {
+    "size": 8,
+    "padding": 1,
+    "degrees": 10,
+    "mean": [0.5],
+    "std": [0.5],
+    "kernel_size": 3,
+    "bits": 4,
+    "threshold": 0.5,
+    "sharpness_factor": 2,
+    "quality": 50,
+    "dtype": "torch.float32",
+    "scale": True,
+    "min_size": 8,
+    "max_size": 9,
+    "target_size": [8, 8],
+}
+ARGUMENT = st.sampled_from(
+    [None, True, False, -1, 0, 1, 2, 3, 8, 33, 256, -0.5, 0.0, 0.3, 1.0, 9.5, [], [1], [8, 8], [0.2, 0.7], [3, 1, 2],
+     "", "constant", "reflect", "random", "imagenet", "torch.uint8", "torch.float16", "torch.int64", {}, {"a": 1}]
+)  # fmt: skip
+
+
+@st.composite
+def transform(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
+    """A class that is allowed, its arguments left out, suitable or anything."""
+    name = draw(st.sampled_from(allowed_names(TRANSFORM)))
+    node: dict[str, Any] = {"_target_": f"{TRANSFORM.module}.{name}"}
+    for argument in argument_names(TRANSFORM, name):
+        choice = draw(st.integers(0, 19))
+        if argument == "transforms" and depth and choice:
+            node[argument] = draw(st.lists(transform(depth - 1), max_size=2))
+        elif choice == 0:
+            node[argument] = draw(ARGUMENT)
+        elif argument in SUITABLE:
+            node[argument] = SUITABLE[argument]
+    return node
+
+
+def transform_lists(case: tuple[list[dict[str, Any]], int]) -> str:
+    """A list that is taken gives uint8 images, or float32 in [0, 1]; any other is refused, in a step if not before."""
+    nodes, channels = case
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
+    tree = json.loads(json.dumps(params()))
+    tree["train"]["transforms"] = nodes
+
+    def read() -> None:
+        check(tree)
+        Transforms(nodes).probe((channels, 8, 8))
+        for batch, _ in batches(pixels, np.zeros(6, int), batch_size=3, seed=0, steps=range(2), transforms=nodes):
+            assert batch.shape == (3, channels, 8, 8)
+            assert batch.dtype in (torch.uint8, torch.float32)
+            assert batch.dtype == torch.uint8 or -TOLERANCE <= batch.min() <= batch.max() <= 1 + TOLERANCE
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return outcome(read)
+
+
 CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
     "parameters": (VALUES, parameters),
     "parameter_file": (BYTES, parameter_file),
+    "transform_lists": (st.tuples(st.lists(transform(), max_size=4), st.sampled_from([1, 3])), transform_lists),
     "images": (
         st.tuples(PLACE, st.sampled_from(EXTENSIONS), BYTES, st.sampled_from([4, 8, 33]), st.sampled_from([1, 3])),
         images,
