@@ -7,6 +7,7 @@ line that says what was seen: held-out images must never be trained on.
 import os
 import re
 import shlex
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import closing
@@ -65,7 +66,24 @@ def read_folder(folder: Path, test_fraction: float) -> Sides:
     else:
         sides = _given_split(tops, *split, loose, base, here)
     print(f"{legible(folder)}: {sides.taken}; {_class_counts(sides)}")
+    if not _travels(folder):
+        print(
+            f"{legible(folder)}: tracked by neither DVC nor git, so that queued runs and other clones do not see it; "
+            f"to share it: dvc add {shlex.quote(legible(folder))}"
+        )
     return sides
+
+
+def _travels(folder: Path) -> bool:
+    """Whether a folder reaches other workspaces of this repository, or lies outside it and is found there as well."""
+    place, here = folder.absolute(), Path.cwd()
+    if not place.is_relative_to(here):
+        return True
+    inside = [place, *place.parents][: len(place.relative_to(here).parts)]
+    if any(path.with_name(f"{path.name}.dvc").exists() for path in inside):
+        return True
+    listing = subprocess.run(["git", "ls-files", "--", str(place)], capture_output=True, check=False)
+    return listing.returncode != 0 or bool(listing.stdout)  # an error: this is no repository
 
 
 @cache

@@ -1,15 +1,18 @@
 """What `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from tests.conftest import ROOT
-from tools import curves, deps, exps, params, plots_page, sizes
+from tools import curves, deps, exps, folder, params, plots_page, sizes
 
 GRAPH = """\
 # a comment
@@ -152,9 +155,8 @@ def test_the_curves_are_those_of_a_file_that_a_stage_writes():
 
 
 def test_make_holds_no_python_and_runs_each_tool_as_a_module():
-    text = (ROOT / "Makefile").read_text(encoding="utf-8") + (ROOT / ".pre-commit-config.yaml").read_text(
-        encoding="utf-8"
-    )
+    files = ("Makefile", ".pre-commit-config.yaml", "docs/own-images.md")
+    text = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
     assert "python -c" not in text and "python tools/" not in text
     for tool in (ROOT / "tools").glob("*.py"):
         assert f"python -m tools.{tool.stem}" in text, tool.name
@@ -171,3 +173,38 @@ def test_the_jobs_of_ci_are_targets_that_together_run_the_suite():
         for pipeline in (False, True):
             marks = {"process": process, "pipeline": pipeline, "slow": False, "remote": False}
             assert sum(bool(eval(choice, marks)) for choice in chosen) == 1, marks
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a/ü (1)",
+        "/a=b",
+        "/o'neil",
+        "/a#b",
+        "/~x",
+        "/a,b",
+        "/a b",
+        "/${x}",
+        "/a{b}",
+        "/a[1]",
+        "/C:\\pics",
+        "/日本",
+        '/q"',
+        "/\\",
+        "/a/b-c_d.e",
+    ],
+)
+def test_the_override_for_a_folder_gives_its_path(path):
+    (typed,) = shlex.split(folder.override(path))
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        composed = OmegaConf.to_container(compose("config", overrides=["dataset=folder", typed]), resolve=True)
+    assert composed["dataset"]["path"] == path
+
+
+@pytest.mark.process
+def test_a_folder_that_is_refused_is_reported_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "tools.folder", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: dataset.path = ") and done.stderr.count("\n") == 1

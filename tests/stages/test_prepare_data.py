@@ -22,12 +22,11 @@ pytestmark = pytest.mark.process
 
 DIGITS: dict[str, Any] = {
     "name": "digits",
-    "path": "raw",
+    "path": "requirements.txt",
     "image_size": 8,
     "channels": 1,
     "test_fraction": 0.2,
     "subset": 20,
-    "on_broken": "stop",
 }
 
 
@@ -156,7 +155,7 @@ def alive(pid: int) -> bool:
 
 def started(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """The stage at work on the images of `folder`, and its processes once it decodes."""
-    write_params(folder, name="folder", channels=3, subset=None)
+    write_params(folder, name="folder", path="raw", channels=3, subset=None)
     process = subprocess.Popen(
         PROGRAM,
         cwd=folder,

@@ -1,0 +1,41 @@
+"""Look into a folder of images: what prepare_data would make of it, and what to type for it.
+
+python -m tools.folder <folder>
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from ddpm.errors import UserError
+from ddpm.folders import read_folder
+
+TEST_FRACTION = 0.1  # as in conf/dataset/folder.yaml
+
+
+def override(path: str) -> str:
+    """What to type after `-S`, for a path of whatever characters: quoted for Hydra, and that for the shell."""
+    if re.fullmatch(r"[A-Za-z0-9/_.-]+", path):
+        return f"dataset.path={path}"
+    escaped = re.sub(r"\$\{", r"\\${", re.sub(r'(\\*)"', r'\1\1\\"', path))
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return shlex.quote(f'dataset.path="{escaped}"')
+
+
+def main() -> None:
+    """Print the layout of the folder and the command that trains on it, or what has to be mended first."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tools.folder <folder>")
+    folder = Path(sys.argv[1])
+    try:
+        read_folder(folder, TEST_FRACTION)
+    except UserError as fault:
+        sys.exit("\n".join(f"error: {line}" for line in str(fault).splitlines()))
+    inside = folder.absolute() == Path("data/raw").absolute()
+    path = "" if inside else f" -S {override(str(folder.absolute()))}"
+    print(f"dvc exp run -S dataset=folder -S +experiment=short{path}")
+
+
+if __name__ == "__main__":
+    main()
