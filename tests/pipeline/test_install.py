@@ -69,3 +69,31 @@ def test_a_script_with_the_library_of_another_checkout_is_refused(installed: Clo
     assert (done.returncode, done.stdout) == (1, "")
     told = f"imports ddpm from {installed.folder}, another checkout: python -m stages.train"
     assert done.stderr == f"error: {other.folder}/stages/train.py: {told}\n"
+
+
+RECORD = '#!/bin/sh\necho "$(basename "$0") $*" >> "{log}"\n{then}\n'
+
+
+@pytest.mark.parametrize(
+    ("uv", "pip", "runs"),
+    [
+        ("exit 0", "exit 0", ["uv pip install"]),
+        ("exit 1", "exit 0", ["uv pip install", "python -m pip install"]),
+        (None, 'case "$*" in *" uv") exit 1;; esac', ["python -m pip install", "python -m pip install"]),
+    ],
+    ids=["uv", "uv fails", "uv cannot be had"],
+)
+def test_uv_installs_and_pip_where_uv_cannot(tmp_path: Path, uv: str | None, pip: str, runs: list[str]) -> None:
+    """The Makefile's own recipe, with programs that write down how they were called."""
+    log, programs = tmp_path / "log", tmp_path / "environment/bin"
+    programs.mkdir(parents=True)
+    for name, then in (("uv", uv), ("python", pip)):
+        if then is not None:
+            (programs / name).write_text(RECORD.format(log=log, then=then))
+            (programs / name).chmod(0o755)
+    target = "probe: ; $(call install,--requirement some.txt)"
+    command = ["make", "-s", f"--eval={target}", "probe", f"VENV={programs.parent}"]
+    subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin"}, check=True)
+    calls = log.read_text().splitlines()
+    assert [" ".join(call.split()[: len(run.split())]) for call, run in zip(calls, runs, strict=True)] == runs
+    assert calls[-1].endswith("--requirement some.txt")
