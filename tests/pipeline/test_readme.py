@@ -329,6 +329,7 @@ VERIFIED = {
 # In sentences, in an order in which they work in one clone
 SAID = {
     "dvc status": Verified(after=contains("up to date")),
+    "dvc status -q": Verified(),
     "dvc exp run": Verified(SMOKE, after=nothing_ran),
     "dvc exp run --temp": Verified(SMOKE, after=nothing_ran),
     "dvc exp show": Verified(after=contains("frechet_distance")),
@@ -346,7 +347,6 @@ SAID = {
     **{f"make {target}": dry_run(printed) for target, printed in LONG.items()},
     "make params": Verified(INSTALLED, after=is_the_default),
     "make deps": Verified(INSTALLED, after=is_unchanged),
-    "dvc status -q": Verified(),
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
