@@ -109,7 +109,7 @@ def test_a_class_conditional_model_of_data_without_classes_is_refused(inside, mo
     shutil.copytree(inside / "data", "data")
     info = json.loads(Path("data/prepared/dataset.json").read_text())
     Path("data/prepared/dataset.json").write_text(json.dumps(info | {"classes": [], "class_counts": []}))
-    with pytest.raises(UserError, match=r"model.class_conditional = true: the prepared data has no classes"):
+    with pytest.raises(UserError, match=r"model.class_conditional = True: the data has no classes"):
         run(train, "model.class_conditional=true")
 
 

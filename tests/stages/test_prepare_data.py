@@ -81,7 +81,7 @@ def test_a_wrong_parameter_is_told_in_two_seconds(tmp_path: Path) -> None:
 
 
 def test_a_fault_is_told_without_a_traceback(tmp_path: Path) -> None:
-    write_params(tmp_path, name="folder")
+    write_params(tmp_path, name="folder", path="raw")
     done = subprocess.run(PROGRAM, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: dataset.path = raw: there is no such folder") and done.stderr.count("\n") == 1
