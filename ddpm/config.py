@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ddpm.checks import setting_faults
 from ddpm.errors import UserError
+from ddpm.schedules import schedule_faults
 from ddpm.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, near, shown, target_faults
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -180,6 +181,7 @@ class Sample(Section):
     eta: Annotated[float, Field(ge=0, le=1)]
     variance: Literal["fixed_small", "fixed_large", "learned"]
     classes: Annotated[list[str | int], Field(min_length=1)] | None
+    class_frequencies: Literal["equal", "data"]
     guidance: Annotated[float, Field(ge=0, le=1000)]
     grid: Count
 
@@ -311,6 +313,8 @@ def _misfits(params: Params) -> list[str]:
         )
     if params.runtime.launcher == "none" and params.runtime.processes is not None:
         faults.append(f"runtime.processes = {params.runtime.processes}: needs runtime.launcher = 'torchrun'")
+    schedule = params.diffusion.model_dump(include={"timesteps", "schedule", "beta_start", "beta_end"})
+    faults += [f"diffusion.{name} = {schedule[name]}: {message}" for name, message in schedule_faults(**schedule)]
     if params.sample.steps > params.diffusion.timesteps:
         faults.append(
             f"sample.steps = {params.sample.steps}: must be at most diffusion.timesteps = {params.diffusion.timesteps}"
@@ -320,6 +324,8 @@ def _misfits(params: Params) -> list[str]:
     sample = params.sample
     if not model.class_conditional and sample.classes is not None:
         faults.append(f"sample.classes = {shown(sample.classes)}: needs model.class_conditional = true")
+    if not model.class_conditional and sample.class_frequencies != "equal":
+        faults.append(f"sample.class_frequencies = {sample.class_frequencies!r}: needs model.class_conditional = true")
     if not model.class_conditional and sample.guidance != 1:
         faults.append(f"sample.guidance = {sample.guidance:g}: needs model.class_conditional = true; 1 is no guidance")
     if model.class_conditional and sample.guidance != 1 and params.train.label_dropout == 0:

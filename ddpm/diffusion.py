@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ddpm.errors import UserError
+from ddpm.schedules import LEAST_NOISE, LEAST_SIGNAL
 
 Schedule = Literal["linear", "cosine", "sigmoid"]
 Prediction = Literal["epsilon", "x0", "v"]
@@ -28,6 +31,20 @@ class DiffusionConfig:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     learn_variance: bool = False
+
+
+class Losses(NamedTuple):
+    """The loss of each image, float32 (B,) each.
+
+    Attributes:
+        objective: what is minimised.
+        simple: the mean squared error of the prediction (Ho et al. 2020, eq. 14), whatever is minimised.
+        bound: the bound's part of the objective where the variance is learned, else None.
+    """
+
+    objective: Tensor
+    simple: Tensor
+    bound: Tensor | None
 
 
 def make_betas(config: DiffusionConfig) -> np.ndarray:
@@ -55,12 +72,22 @@ class GaussianDiffusion:
 
     Tables are computed with NumPy in float64 and looked up as float32: torch's float32 square root gives
     different last bits on different processors.
+
+    Raises:
+        UserError: the schedule begins with no noise or ends with no signal, as far as floats can tell.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.betas = make_betas(config)
         self.alphas_cumprod = np.cumprod(1 - self.betas)
+        if not (1 - self.alphas_cumprod[0] >= LEAST_NOISE and self.alphas_cumprod[-1] >= LEAST_SIGNAL):
+            raise UserError(
+                f"the {config.schedule} schedule with diffusion.timesteps = {config.timesteps}, diffusion.beta_start = "
+                f"{config.beta_start:g} and diffusion.beta_end = {config.beta_end:g}: alpha_bar runs from 1 - "
+                f"{1 - self.alphas_cumprod[0]:.1e} to {self.alphas_cumprod[-1]:.1e}; it must start at or below 1 - "
+                f"{LEAST_NOISE:g} and end at or above {LEAST_SIGNAL:g}"
+            )
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
         # of q(x_{t-1} | x_t, x_0), eq. 7; at t = 0 nothing is left to draw, and the variance of t = 1 stands in
@@ -92,8 +119,11 @@ class GaussianDiffusion:
         return np.minimum(snr, MIN_SNR_GAMMA) / divisor
 
     def _at(self, table: str, t: Tensor) -> Tensor:
-        """The table's values at t (B,), as (B, 1, 1, 1)."""
-        return self._tables[table][t].view(-1, 1, 1, 1)
+        """The table's values at t, int64 (B,), as (B, 1, 1, 1).
+
+        `gather` refuses an index outside of 0 ... T-1 on every device, at no cost; `[]` would take -1 for T-1.
+        """
+        return self._tables[table].gather(0, t).view(-1, 1, 1, 1)
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, 1, 1)."""
@@ -172,8 +202,8 @@ class GaussianDiffusion:
 
     def losses(
         self, model: Callable[..., Tensor], x0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting = "simple"
-    ) -> Tensor:
-        """The training objective of each image: float32 (B,).
+    ) -> Losses:
+        """What a training minimises, and its parts.
 
         simple: the mean squared error (Ho et al. 2020, eq. 14). min_snr: the same, weighted by timestep (Hang et
         al. 2023). With a learned variance, plus 0.001 times the bound, through which only the variance learns
@@ -181,14 +211,14 @@ class GaussianDiffusion:
         """
         x_t = self.q_sample(x0, t, noise)
         output, share = self.split(model(x_t, t).float())
-        losses = F.mse_loss(output, self.target(x0, t, noise), reduction="none").mean(dim=(1, 2, 3))
-        if weighting == "min_snr":
-            losses = losses * self._tables["min_snr"][t]
-        if share is not None:
-            mean = self.posterior_mean(self.predict_x0(x_t, t, output.detach()).clamp(-1, 1), x_t, t)
-            term = self.bound_term(x0, x_t, t, mean, self.log_variance(t, "learned", share))
-            losses = losses + 0.001 * self.timesteps * term
-        return losses
+        simple = F.mse_loss(output, self.target(x0, t, noise), reduction="none").mean(dim=(1, 2, 3))
+        objective = simple * self._at("min_snr", t).view(-1) if weighting == "min_snr" else simple
+        if share is None:
+            return Losses(objective, simple, None)
+        mean = self.posterior_mean(self.predict_x0(x_t, t, output.detach()).clamp(-1, 1), x_t, t)
+        term = self.bound_term(x0, x_t, t, mean, self.log_variance(t, "learned", share))
+        bound = 0.001 * self.timesteps * term
+        return Losses(objective + bound, simple, bound)
 
 
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

@@ -177,7 +177,8 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
     schedule = make_lr_schedule(job.lr_schedule, optimizer, p.warmup_steps, total)
     parts: dict[str, Any] = {"model": model, "ema": ema.model, "optimizer": optimizer, "schedule": schedule}
     history: list[tuple[int, dict[str, float]]] = []
-    window = _Window(min(p.log_every, total), device)
+    curves = ("loss", *(["bound_loss"] if job.diffusion.config.learn_variance else []), "grad_norm")
+    window = _Window(curves, min(p.log_every, total), device)
     start = 0
     if (saved := state.load()) is not None:
         start, history = saved["step"], saved["history"]
@@ -198,8 +199,8 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
     def save(step: int) -> float:
         """Save the state, and return how many seconds that took."""
         before = time.monotonic()
-        curves = {"step": step, "history": history, "window": window.check(step - 1)}
-        state.save({name: part.state_dict() for name, part in parts.items()} | curves)
+        progress = {"step": step, "history": history, "window": window.check(step - 1)}
+        state.save({name: part.state_dict() for name, part in parts.items()} | progress)
         return time.monotonic() - before
 
     steps = batches(
@@ -219,8 +220,7 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         busy = 0.0  # seconds inside forward, backward and step
         for step, (batch, classes) in enumerate(steps, start):
             before = time.monotonic()
-            loss, norm = _step(model, network, optimizer, batch, classes, step, job, kernels)
-            window.add(loss, norm)
+            window.add(_step(model, network, optimizer, batch, classes, step, job, kernels))
             ema.update(step)
             rate = optimizer.param_groups[0]["lr"]
             schedule.step()
@@ -268,8 +268,11 @@ def _step(
     step: int,
     job: Job,
     kernels: Kernels,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step; returns the loss and the gradient's norm before clipping, both still on the device.
+) -> Tensor:
+    """One optimizer step; returns the values of the curves (n,), still on the device.
+
+    These are the simple loss, the bound's part of the objective where the variance is learned, and the gradient's norm
+    before clipping.
 
     Args:
         network: the model, as it is called: compiled, or with gradients that are averaged over processes.
@@ -294,7 +297,7 @@ def _step(
         torch.manual_seed(derive(p.seed, "step", step, distributed.rank()))  # dropout
     x0 = x0.contiguous(memory_format=kernels.memory_format)
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
+    totals: Tensor | float = 0.0
     for part in range(p.accumulation):
         rows = slice(part, None, p.accumulation)
         given = partial(network, labels=None if labels is None else labels[rows])
@@ -303,12 +306,12 @@ def _step(
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=kernels.precision == "bf16"):
                 losses = job.diffusion.losses(given, x0[rows], t[rows], noise[rows], p.weighting)
-            loss = losses.mean() / p.accumulation
-            loss.backward()
-        total += loss.detach()
+            (losses.objective.mean() / p.accumulation).backward()
+        shown = [losses.simple] if losses.bound is None else [losses.simple, losses.bound]
+        totals += torch.stack([values.detach().mean() / p.accumulation for values in shown])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), p.grad_clip or float("inf"))
     optimizer.step()
-    return total, norm.detach()
+    return torch.cat([torch.as_tensor(totals), norm.detach().view(1)])
 
 
 def _speed(images: int, seconds: float, device: torch.device) -> dict[str, float]:
@@ -326,23 +329,29 @@ def _show_inputs(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job) 
 
 
 class _Window:
-    """Losses and gradient norms since the last point of the curves, read from the device once a point."""
+    """The values of the curves since their last point, read from the device once per point.
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._values = torch.zeros(size, 2, device=device)
+    Args:
+        names: of the curves; the first is the loss, the last the gradient's norm.
+    """
+
+    def __init__(self, names: tuple[str, ...], size: int, device: torch.device) -> None:
+        self._names = names
+        self._values = torch.zeros(size, len(names), device=device)
         self._count = 0
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self._values[self._count, 0], self._values[self._count, 1] = loss, norm
+    def add(self, values: Tensor) -> None:
+        """Take the values (curves,) of one step."""
+        self._values[self._count] = values
         self._count += 1
 
     def add_all(self, values: Tensor) -> None:
-        """Go on from the values (n, 2) that `check` gave."""
+        """Continue from the values (n, curves) that `check` gave."""
         self._count = len(values)
         self._values[: self._count] = values
 
     def check(self, step: int) -> Tensor:
-        """The window's values (n, 2) after `step`.
+        """The window's values (n, curves) after `step`.
 
         Raises:
             UserError: one of them is not finite.
@@ -352,7 +361,7 @@ class _Window:
         if not finite.all():
             first = int((~finite).nonzero()[0])
             raise UserError(
-                f"training diverged: the loss is {values[first, 0]:g} and the gradient's norm {values[first, 1]:g} at "
+                f"training diverged: the loss is {values[first, 0]:g} and the gradient's norm {values[first, -1]:g} at "
                 f"step {step - self._count + 1 + first}; lower optimizer.lr, or set train.grad_clip. "
                 f"The last good state is kept"
             )
@@ -364,11 +373,12 @@ class _Window:
         Raises:
             UserError: a value is not finite, or the loss is far above that of a network that predicts nothing.
         """
-        loss, norm = self.check(step).double().mean(dim=0).tolist()
+        means = dict(zip(self._names, self.check(step).double().mean(dim=0).tolist(), strict=True))
+        loss = means["loss"]
         if loss > HOPELESS:
             raise UserError(
                 f"training diverged: the mean loss of steps {step - self._count + 1} to {step} is {loss:.1f}, and a "
                 f"network that predicts nothing has about 1; lower optimizer.lr, or set train.grad_clip"
             )
         self._count = 0
-        return {"loss": loss, "grad_norm": norm}
+        return means

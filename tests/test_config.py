@@ -276,6 +276,30 @@ def test_more_sampling_steps_than_timesteps_are_refused():
     check(changed(diffusion__timesteps=20, sample__steps=20))
 
 
+@pytest.mark.parametrize("schedule", ["linear", "sigmoid", "cosine"])
+@pytest.mark.parametrize("timesteps", [2, 10, 1000, 10_000, 20_000, 100_000])
+@pytest.mark.parametrize("betas", [(1e-300, 0.02), (1e-4, 0.02), (1e-5, 1e-3), (1e-4, 0.9), (0.5, 0.9999)])
+def test_a_schedule_is_refused_before_any_work_where_its_tables_would_be(schedule, timesteps, betas):
+    from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+
+    tree = changed(diffusion__timesteps=timesteps, diffusion__schedule=schedule, sample__steps=2)
+    tree["diffusion"] |= {"beta_start": betas[0], "beta_end": betas[1]}
+    try:
+        GaussianDiffusion(DiffusionConfig(timesteps, schedule, "epsilon", *betas))
+    except UserError:
+        lines = faults(tree)
+        assert lines
+        assert all(line.startswith(("params.yaml: diffusion.timesteps", "params.yaml: diffusion.be")) for line in lines)
+    else:
+        check(tree)
+
+
+def test_class_frequencies_of_an_unconditional_model_are_refused():
+    line = only_fault(sample__class_frequencies="data")
+    assert line == "params.yaml: sample.class_frequencies = 'data': needs model.class_conditional = true"
+    check(changed(sample__class_frequencies="data", model__class_conditional=True))
+
+
 def test_as_many_neighbours_as_samples_are_refused():
     line = only_fault(sample__count=10, evaluate__neighbours=10)
     assert line == "params.yaml: evaluate.neighbours = 10: must be below sample.count = 10"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion, make_betas
+from ddpm.errors import UserError
 
 
 def diffusion(schedule="linear", prediction="epsilon", timesteps=1000):
@@ -63,7 +64,7 @@ def test_the_loss_of_a_network_that_predicts_zero_is_the_power_of_its_target():
     d = diffusion(prediction="epsilon")
     g = torch.Generator().manual_seed(0)
     x0, noise = torch.zeros(64, 1, 8, 8), torch.randn(64, 1, 8, 8, generator=g)
-    losses = d.losses(lambda x, t: torch.zeros_like(x), x0, torch.arange(64), noise)
+    losses = d.losses(lambda x, t: torch.zeros_like(x), x0, torch.arange(64), noise).simple
     assert losses.shape == (64,)
     torch.testing.assert_close(losses, noise.square().mean(dim=(1, 2, 3)))
     assert losses.mean().item() == pytest.approx(1.0, abs=0.05)  # normal noise; uniform on [0, 1] would give 1/3
@@ -105,11 +106,11 @@ def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone():
     x0, noise, raw = (torch.rand(4, 1, 4, 4, generator=g) * 2 - 1 for _ in range(3))
     t = torch.tensor([0, 1, 50, 99])
     output = torch.cat([raw, raw.flip(0)], dim=1).requires_grad_()
-    GaussianDiffusion(config).losses(lambda x, t: output, x0, t, noise).sum().backward()
+    GaussianDiffusion(config).losses(lambda x, t: output, x0, t, noise).objective.sum().backward()
     prediction = raw.clone().requires_grad_()
     GaussianDiffusion(DiffusionConfig(100, "cosine", "epsilon")).losses(
         lambda x, t: prediction, x0, t, noise
-    ).sum().backward()
+    ).objective.sum().backward()
     torch.testing.assert_close(output.grad[:, :1], prediction.grad)
     assert output.grad[1:, 1:].abs().sum() > 0  # the variance learns from the bound
 
@@ -130,6 +131,54 @@ def test_min_snr_gives_one_weight_to_the_error_of_x0_whatever_is_predicted(predi
         "epsilon": epsilon.float(),
         "v": (torch.tensor(signal).view(-1, 1, 1, 1) * epsilon - torch.tensor(sigma).view(-1, 1, 1, 1) * wrong).float(),
     }
-    losses = d.losses(lambda x, t: outputs[prediction], x0, t, noise, "min_snr")
+    losses = d.losses(lambda x, t: outputs[prediction], x0, t, noise, "min_snr").objective
     snr = signal**2 / sigma**2
     np.testing.assert_allclose(losses.numpy(), 0.01 * np.minimum(snr, 5), rtol=2e-3)
+
+
+def losses_of(config, weighting="simple"):
+    g = torch.Generator().manual_seed(0)
+    x0, noise, raw = (torch.rand(4, 1, 4, 4, generator=g) * 2 - 1 for _ in range(3))
+    output = torch.cat([raw, raw.flip(0)], dim=1) if config.learn_variance else raw
+    return GaussianDiffusion(config).losses(lambda x, t: output, x0, torch.tensor([0, 1, 50, 99]), noise, weighting)
+
+
+@pytest.mark.parametrize("weighting", ["simple", "min_snr"])
+def test_the_simple_loss_of_a_prediction_is_one_number_whatever_is_minimised(weighting):
+    plain = losses_of(DiffusionConfig(100, "cosine", "epsilon"))
+    hybrid = losses_of(DiffusionConfig(100, "cosine", "epsilon", learn_variance=True), weighting)
+    assert torch.equal(plain.objective, plain.simple)
+    assert plain.bound is None
+    assert torch.equal(hybrid.simple, plain.simple)
+    weighted = losses_of(DiffusionConfig(100, "cosine", "epsilon"), weighting).objective
+    torch.testing.assert_close(hybrid.objective, weighted + hybrid.bound)
+
+
+@pytest.mark.parametrize("t", [-1, -100, 100, 101, 2**40])
+def test_a_timestep_outside_of_the_tables_is_refused_wherever_they_are_looked_up(t):
+    d = GaussianDiffusion(DiffusionConfig(100, "linear", "v", learn_variance=True))
+    x, wrong = torch.zeros(2, 1, 4, 4), torch.tensor([5, t])
+    share = torch.zeros_like(x)
+    for look_up in (
+        lambda: d.q_sample(x, wrong, x),
+        lambda: d.target(x, wrong, x),
+        lambda: d.predict_x0(x, wrong, x),
+        lambda: d.posterior_mean(x, x, wrong),
+        *(lambda kind=kind: d.log_variance(wrong, kind, share) for kind in ("fixed_small", "fixed_large", "learned")),
+        lambda: d.losses(lambda x, t: torch.cat([x, x], 1), x, wrong, x, "min_snr"),
+    ):
+        with pytest.raises((RuntimeError, IndexError), match=r"out of bounds|out of range"):
+            look_up()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DiffusionConfig(100_000, "linear", "epsilon"),
+        DiffusionConfig(1000, "sigmoid", "epsilon", 0.5, 0.9),
+        DiffusionConfig(1000, "linear", "epsilon", 1e-300, 0.02),
+    ],
+)
+def test_a_schedule_that_floats_cannot_hold_is_refused(config):
+    with pytest.raises(UserError, match=r"diffusion.timesteps = .*diffusion.beta_start = .*alpha_bar runs from"):
+        GaussianDiffusion(config)

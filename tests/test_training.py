@@ -51,7 +51,16 @@ class Curves(Tracker):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="run", network=UNCONDITIONAL):
+def run(
+    tmp_path,
+    *overrides,
+    images=IMAGES,
+    device="cpu",
+    stop_at=None,
+    name="run",
+    network=UNCONDITIONAL,
+    learn_variance=False,
+):
     params = check(
         composed(
             "train.steps=12",
@@ -69,7 +78,7 @@ def run(tmp_path, *overrides, images=IMAGES, device="cpu", stop_at=None, name="r
         train=params.train,
         optimizer=params.optimizer,
         lr_schedule=params.lr_schedule,
-        diffusion=GaussianDiffusion(DiffusionConfig(50, "cosine", "v"), device),
+        diffusion=GaussianDiffusion(DiffusionConfig(50, "cosine", "v", learn_variance=learn_variance), device),
         device=torch.device(device),
         tracker=tracker,
         folder=tmp_path / "pictures",
@@ -232,12 +241,32 @@ def test_four_images_are_learnt_in_fifty_steps_on_every_seed(seed):
     for _ in range(50):
         t, noise = torch.randint(0, 1000, (4,)), torch.randn_like(x0)
         optimizer.zero_grad()
-        diffusion.losses(unet, x0, t, noise).mean().backward()
+        diffusion.losses(unet, x0, t, noise).objective.mean().backward()
         optimizer.step()
     # measured at all noise levels and not at four, so that the result is no matter of luck
     x0, t = x0.repeat(64, 1, 1, 1), torch.arange(256) * 1000 // 256
     with torch.no_grad():
-        assert diffusion.losses(unet, x0, t, torch.randn_like(x0)).mean().item() < 0.5
+        assert diffusion.losses(unet, x0, t, torch.randn_like(x0)).simple.mean().item() < 0.5
+
+
+def test_with_a_learned_variance_the_curve_is_the_simple_loss_with_the_bound_beside_it(tmp_path):
+    _, plain = run(tmp_path, "train.steps=3", name="plain", network=UNCONDITIONAL | {"dropout": 0.0})
+    twice = UNCONDITIONAL | {"dropout": 0.0, "out_channels": 2}
+    _, hybrid = run(tmp_path, "train.steps=3", name="hybrid", network=twice, learn_variance=True)
+    before, after = plain.logged[3], hybrid.logged[3]
+    assert set(before) == {"loss", "grad_norm", "learning_rate"}
+    assert set(after) == {"loss", "bound_loss", "grad_norm", "learning_rate"}
+    assert 0 < after["bound_loss"] < 10
+    assert 0.3 < after["loss"] < 1.5  # that of a network which has learnt nothing; the objective is far above it
+
+
+def test_min_snr_weighs_the_objective_and_not_the_curve(tmp_path):
+    """The first step sees the same weights, so its mean squared error is the same whatever is minimised."""
+    curves = [run(tmp_path, "train.steps=1", "train.log_every=1", f"train.weighting={kind}", name=kind)[1].logged[1]
+              for kind in ("simple", "min_snr")]  # fmt: skip
+    simple, weighted = curves
+    assert simple["loss"] == weighted["loss"]
+    assert simple["grad_norm"] != weighted["grad_norm"]
 
 
 def test_epochs_are_counted_in_whole_batches(tmp_path):
