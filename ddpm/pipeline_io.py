@@ -164,6 +164,15 @@ def training_run(folder: str | Path) -> str:
     return run
 
 
+def class_counts(folder: str | Path) -> tuple[int, ...]:
+    """How many training images of each class the data of the model had; empty where the folder does not tell."""
+    data = _read_json(Path(folder, TRAINING)).get("data")
+    counts = data.get("class_counts") if isinstance(data, dict) else None
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        return ()
+    return tuple(counts)
+
+
 def weights_sha256(folder: str | Path) -> str:
     """What identifies the weights of a model folder.
 

@@ -1,8 +1,12 @@
 """From noise to images. Every sampler has one signature and yields the state after each network evaluation."""
 
+import hashlib
+import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,10 +35,10 @@ class Step(NamedTuple):
 
 
 def timesteps(total: int, steps: int, spacing: Spacing) -> list[int]:
-    """The timesteps that a sampler visits, from noisy to clean: distinct integers in [0, total).
+    """The timesteps that a sampler visits, from noisy to clean: `steps` distinct integers in [0, total).
 
-    leading, trailing and linear as in Lin et al. 2023, table 2; quadratic as in Song et al. 2021, appendix
-    D.2, where rounding makes neighbours coincide at small t, so that fewer than `steps` may come back.
+    leading, trailing and linear as in Lin et al. 2023, table 2; quadratic as in Song et al. 2021, appendix D.2, where
+    neighbours that rounding makes coincide at small t are moved up to the next free timestep.
 
     Raises:
         UserError: steps is not in 1 ... total.
@@ -45,13 +49,14 @@ def timesteps(total: int, steps: int, spacing: Spacing) -> list[int]:
     if spacing == "leading":
         chosen = np.arange(steps) * (total // steps)
     elif spacing == "trailing":
-        # [:steps]: the rounding of arange lets a zero through at 62 of the 1,000 step counts of 1,000 timesteps
-        chosen = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
+        chosen = np.round(np.arange(total, 0, -total / steps))[:steps] - 1  # rounding may append a timestep -1
     elif spacing == "linear":
         chosen = np.round(np.linspace(0, total - 1, steps))
     else:
-        chosen = np.linspace(0, math.sqrt(total * 0.8), steps) ** 2
-    return [int(t) for t in np.unique(chosen.astype(np.int64))[::-1]]
+        order = np.arange(steps)
+        floor = (np.linspace(0, math.sqrt(total * 0.8), steps) ** 2).astype(np.int64)
+        chosen = np.maximum.accumulate(floor - order) + order  # the least distinct integers from `floor` up
+    return sorted(map(int, chosen), reverse=True)
 
 
 def guided(model: UNet, labels: Tensor, scale: float) -> Model:
@@ -97,6 +102,69 @@ def chosen_classes(params: Sample, config: UNetConfig) -> list[int]:
     return [names.index(name) for name in wanted]
 
 
+def class_sequence(params: Sample, config: UNetConfig, class_counts: Sequence[int], count: int) -> list[int]:
+    """The classes of samples 0 ... count-1; empty if the network is unconditional. A prefix of a longer sequence.
+
+    equal: each class in turn. data: as often as the training data has them, by Sainte-Laguë's rule: sample i is of
+    the class with the largest c / (2 n + 1), where c is the number of its training images and n that of its samples
+    before i. The first k samples are then the best rounding of the data's frequencies to k samples, for every k.
+
+    Args:
+        class_counts: training images of each class of the network; used for `data` only.
+
+    Raises:
+        UserError: as for `chosen_classes`; or the numbers of images are not known, or are all 0.
+    """
+    classes = chosen_classes(params, config)
+    if params.class_frequencies == "equal":
+        return [classes[i % len(classes)] for i in range(count)] if classes else []
+    setting = "params.yaml: sample.class_frequencies = data"
+    if not classes:
+        raise UserError(f"{setting}: models/ddpm is unconditional; set it to equal")
+    if len(class_counts) != config.classes:
+        raise UserError(
+            f"{setting}: models/ddpm/training.json does not hold the class_counts of its {config.classes} classes; set "
+            f"it to equal, or train here"
+        )
+    queue = [(Fraction(1, class_counts[c]), c) for c in dict.fromkeys(classes) if class_counts[c]]
+    if not queue:
+        raise UserError(f"{setting}: the data has no image of sample.classes = {params.classes}; set it to equal")
+    heapq.heapify(queue)
+    drawn = []
+    for _ in range(count):
+        price, chosen = queue[0]  # (2 n + 1) / c
+        drawn.append(chosen)
+        heapq.heapreplace(queue, (price + Fraction(2, class_counts[chosen]), chosen))
+    return drawn
+
+
+def check_variance(params: Sample, diffusion: GaussianDiffusion) -> None:
+    """Compare `sample.variance` with what the network has learned, and print a note where that is not used.
+
+    Raises:
+        UserError: the network has learned no variance.
+    """
+    learned = diffusion.config.learn_variance
+    if params.variance == "learned" and not learned:
+        raise UserError(
+            "params.yaml: sample.variance = learned: models/ddpm has learned no variance; set it to fixed_small"
+        )
+    if params.variance != "learned" and learned:
+        print(
+            f"note: models/ddpm has learned its variance, and sample.variance = {params.variance} does not use it, "
+            f"neither to draw (ddpm) nor for bits/dim; set sample.variance=learned to use it",
+            flush=True,
+        )
+
+
+def normal(
+    generators: Sequence[np.random.Generator], shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Tensor:
+    """One standard normal draw of `shape` from each generator: float32 (B, *shape)."""
+    draws = [g.standard_normal(shape, dtype=np.float32) for g in generators]
+    return torch.from_numpy(np.stack(draws)).to(device)
+
+
 class ImageNoise:
     """The standard normal draws of a batch of samples: each call gives the next, float32 (B, C, H, W).
 
@@ -110,8 +178,7 @@ class ImageNoise:
         self._device = device
 
     def __call__(self) -> Tensor:
-        draws = [g.standard_normal(self._shape, dtype=np.float32) for g in self._generators]
-        return torch.from_numpy(np.stack(draws)).to(self._device)
+        return normal(self._generators, self._shape, self._device)
 
 
 @torch.no_grad()
@@ -124,7 +191,13 @@ def _denoise(model: Model, diffusion: GaussianDiffusion, x: Tensor, t: int) -> t
 
 
 def _visits(diffusion: GaussianDiffusion, path: list[int]) -> Iterator[tuple[int, float, float]]:
-    """(t, alpha_bar_t, alpha_bar of the timestep that follows), the last of which is 1: no noise is left."""
+    """(t, alpha_bar_t, alpha_bar of the timestep that follows), the last of which is 1: no noise is left.
+
+    Raises:
+        ValueError: the path is empty, does not fall, or leaves 0 ... T-1.
+    """
+    if not path or not diffusion.timesteps > path[0] >= path[-1] >= 0 or any(a <= b for a, b in pairwise(path)):
+        raise ValueError(f"a path must fall from below {diffusion.timesteps} to 0 or above, not {path}")
     for i, t in enumerate(path):
         following = diffusion.alphas_cumprod[path[i + 1]] if i + 1 < len(path) else 1.0
         yield t, float(diffusion.alphas_cumprod[t]), float(following)
@@ -184,7 +257,8 @@ def ddim(
         x0, _ = _denoise(model, diffusion, x, t)
         epsilon = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
         sigma = eta * math.sqrt((1 - following) / (1 - now) * (1 - now / following))  # eq. 16
-        x = math.sqrt(following) * x0 + math.sqrt(1 - following - sigma**2) * epsilon
+        rest = max(0.0, 1 - following - sigma**2)  # at eta 1 it may be 0, and rounded to below
+        x = math.sqrt(following) * x0 + math.sqrt(rest) * epsilon
         if sigma > 0:
             x = x + sigma * noise()
         yield Step(t, x, x0)
@@ -230,6 +304,12 @@ def _log_snr(alpha_bar: float) -> float:
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver}
 
 
+def settings_name(params: Sample) -> str:
+    """A file name for the settings that decide an image, apart from the seed: other settings have another name."""
+    decisive = params.model_dump_json(exclude={"seed", "count", "batch_size", "grid"})
+    return f"{params.sampler}-{params.steps}-steps-{hashlib.sha256(decisive.encode()).hexdigest()[:12]}"
+
+
 def draw(
     model: UNet,
     diffusion: GaussianDiffusion,
@@ -239,21 +319,23 @@ def draw(
     device: torch.device,
     on_step: Callable[[int, int, Tensor], None] | None = None,
     keep: Keep = not_kept,
+    class_counts: Sequence[int] = (),
 ) -> np.ndarray:
     """Samples 0 ... count-1 of a seed, in batches: uint8 (count, H, W, C), rounded to the nearest level.
 
-    Of a class-conditional model, sample i is of class i modulo the number of the classes that are drawn.
+    Of a class-conditional model, the classes are those of `class_sequence`.
 
     Args:
         params: sampler, steps, classes, guidance and batch size; its own seed and count are not used.
         on_step: is told (index of the batch's first sample, network evaluations so far, x (B, C, H, W)), from the
             start noise, at 0 evaluations, to the sample. (Of batches that are drawn now, not of those that were kept.)
         keep: keeps each finished batch.
+        class_counts: training images of each class, for sample.class_frequencies = data.
 
     Raises:
         UserError: the model has fewer timesteps than steps are asked for, or not the classes or the guidance.
     """
-    classes = chosen_classes(params, model.config)
+    classes = class_sequence(params, model.config, class_counts, count)
     size, channels = model.config.sample_size, model.config.in_channels
     path = timesteps(diffusion.timesteps, params.steps, params.spacing)
     images = np.empty((count, size, size, channels), dtype=np.uint8)
@@ -266,7 +348,7 @@ def draw(
                 on_step(indices.start, 0, x)
             predict: Model = model
             if classes:
-                labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
+                labels = torch.tensor(classes[indices.start : indices.stop], device=device)
                 predict = guided(model, labels, params.guidance)
             sampler = SAMPLERS[params.sampler]
             steps = sampler(predict, diffusion, x, path, noise, variance=params.variance, eta=params.eta)
@@ -277,7 +359,7 @@ def draw(
                 bar.update(len(indices))
             return to_pixels(x)
 
-        name = f"{params.sampler}-{params.variance}-{len(path)}-steps-seed-{seed}-images"
+        name = f"{settings_name(params)}-seed-{seed}-images"
         batches = [range(rows.start, rows.stop) for rows in slices(count, params.batch_size)]
         kept = keep([(f"{name}-{batch.start}-{batch.stop}", partial(one_batch, batch)) for batch in batches])
         for batch, drawn in zip(batches, kept, strict=True):

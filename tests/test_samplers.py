@@ -146,11 +146,12 @@ def test_every_step_equals_diffusers(name, steps, options, schedule, prediction)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linear"])
-@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
-def test_spacings_equal_diffusers(spacing, steps):
+def test_spacings_equal_diffusers(spacing):
     scheduler = DDIMScheduler(timestep_spacing={"linear": "linspace"}.get(spacing, spacing))
-    scheduler.set_timesteps(steps)
-    assert samplers.timesteps(1000, steps, spacing) == scheduler.timesteps.tolist()
+    for steps in range(1, 1001):
+        scheduler.set_timesteps(steps)
+        theirs = scheduler.timesteps.tolist()  # trailing: at 62 numbers of steps with a timestep -1 at the end
+        assert samplers.timesteps(1000, steps, spacing) == theirs[:steps], steps
 
 
 @pytest.mark.parametrize("spacing", get_args(samplers.Spacing))
@@ -166,6 +167,40 @@ def test_every_spacing_visits_distinct_timesteps_of_the_model(spacing):
 def test_quadratic_spacing_is_that_of_ddim():
     path = samplers.timesteps(1000, 10, "quadratic")
     assert path == [int(x) for x in np.linspace(0, np.sqrt(800), 10)[::-1] ** 2]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linear", "quadratic"])
+@pytest.mark.parametrize("total", [2, 3, 4, 5, 7, 10, 33, 100, 256, 999, 1000, 1001])
+def test_every_number_of_steps_gives_as_many_falling_timesteps(total, spacing):
+    for steps in range(1, total + 1):
+        path = np.array(samplers.timesteps(total, steps, spacing))
+        assert len(path) == steps, steps
+        assert 0 <= path[-1] <= path[0] < total, steps
+        assert (np.diff(path) < 0).all(), steps
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linear", "quadratic"])
+def test_a_long_process_has_right_timesteps_as_well(spacing):
+    for steps in [*range(1, 60), *np.random.default_rng(0).integers(60, 100_001, 40), 99_999, 100_000]:
+        path = np.array(samplers.timesteps(100_000, int(steps), spacing))
+        assert len(path) == steps
+        assert 0 <= path[-1] <= path[0] < 100_000
+        assert (np.diff(path) < 0).all()
+
+
+@pytest.mark.parametrize("path", [[], [-1], [9, 4, -1], [10, 4, 0], [4, 4], [0, 5]])
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_a_path_outside_of_the_tables_is_refused(name, path):
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
+    with pytest.raises(ValueError, match="a path must fall from below 10"):
+        list(samplers.SAMPLERS[name](lambda x, t: x, d, torch.zeros(1, 1, 2, 2), path, lambda: torch.zeros(1)))
+
+
+@pytest.mark.parametrize("steps", range(1, 40))
+def test_ancestral_ddim_ends_in_numbers_where_almost_no_signal_is_left(steps):
+    d = GaussianDiffusion(DiffusionConfig(8000, "linear", "epsilon"))
+    x = drawn("ddim", steps, d, exact_gaussian(d, mean=0.1, std=0.2), count=50, eta=1.0)
+    assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("steps", [0, 11])
@@ -267,6 +302,89 @@ def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, change
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     with pytest.raises(UserError, match=fault):
         samplers.draw(small_unet(**network), d, settings(**changes), 0, 2, CPU)
+
+
+MANY = {"class_names": tuple("abcdefg"), "num_class_embeds": 7}
+COUNTS = (5000, 3000, 1200, 500, 0, 250, 50)
+
+
+def test_classes_are_drawn_as_often_as_the_data_has_them_in_every_prefix():
+    config, p = small_unet(**MANY).config, settings(class_frequencies="data")
+    sequence = np.array(samplers.class_sequence(p, config, COUNTS, 5000))
+    drawn = np.cumsum(sequence[:, None] == np.arange(7), axis=0)
+    expected = np.arange(1, 5001)[:, None] * np.array(COUNTS) / sum(COUNTS)
+    assert abs(drawn - expected).max() <= 1
+    assert samplers.class_sequence(p, config, COUNTS, 100) == sequence[:100].tolist()
+    assert drawn[-1].tolist() == [2500, 1500, 600, 250, 0, 125, 25]
+
+
+def test_the_classes_that_are_asked_for_keep_their_frequencies():
+    config = small_unet(**MANY).config
+    p = settings(class_frequencies="data", classes=["f", "b", "b"])
+    assert np.bincount(samplers.class_sequence(p, config, COUNTS, 1300)).tolist() == [0, 1200, 0, 0, 0, 100]
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "counts", "fault"),
+    [
+        (MANY, {}, (), "training.json does not hold the class_counts of its 7 classes; set it to equal"),
+        (MANY, {}, (1, 2), "training.json does not hold the class_counts of its 7 classes; set it to equal"),
+        (MANY, {"classes": ["e"]}, COUNTS, r"no image of sample.classes = \['e'\]; set it to equal"),
+        ({}, {}, (), "models/ddpm is unconditional; set it to equal"),
+    ],
+)
+def test_frequencies_that_are_not_known_are_refused(network, changes, counts, fault):
+    p = settings(class_frequencies="data", **changes)
+    with pytest.raises(UserError, match=f"sample.class_frequencies = data: .*{fault}"):
+        samplers.class_sequence(p, small_unet(**network).config, counts, 10)
+
+
+def test_samples_have_the_classes_of_the_sequence_whatever_the_batch():
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
+    options = {"class_counts": (1, 3)}
+    whole = samplers.draw(unet, d, settings(class_frequencies="data", batch_size=8), 0, 8, CPU, **options)
+    parts = samplers.draw(unet, d, settings(class_frequencies="data"), 0, 8, CPU, **options)
+    np.testing.assert_allclose(whole.astype(int), parts, atol=1)
+    dogs = samplers.draw(unet, d, settings(classes=["dog"]), 0, 8, CPU).astype(int)
+    apart = abs(whole - dogs).max(axis=(1, 2, 3)) > 1
+    assert apart.tolist() == [c == 0 for c in samplers.class_sequence(
+        settings(class_frequencies="data"), unet.config, (1, 3), 8)]  # fmt: skip
+    assert apart.sum() == 2
+
+
+def test_settings_that_change_an_image_change_the_name_of_its_part():
+    names = []
+
+    def keep(parts):
+        names.extend(name for name, _ in parts)
+        return (np.zeros((2, 8, 8, 1), np.uint8) for _ in parts)
+
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "linear", "v")), small_unet(**PETS)
+    changes = [
+        {}, {"steps": 5}, {"sampler": "ddpm"}, {"spacing": "quadratic"}, {"eta": 0.5}, {"variance": "fixed_large"},
+        {"classes": ["cat"]}, {"class_frequencies": "data"}, {"guidance": 2.0}, {"spacing": "quadratic", "steps": 900},
+        {"spacing": "quadratic", "steps": 901},
+    ]  # fmt: skip
+    for change in changes:
+        samplers.draw(unet, d, settings(**change), 0, 2, CPU, keep=keep, class_counts=(1, 2))
+    samplers.draw(unet, d, settings(), 1, 2, CPU, keep=keep)
+    assert len(set(names)) == len(names) == len(changes) + 1
+    samplers.draw(unet, d, settings(grid=3, count=7, batch_size=9), 0, 2, CPU, keep=keep)
+    assert names[-1] == names[0]
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned"])
+def test_a_learned_variance_that_is_not_used_is_said(capsys, variance):
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon", learn_variance=True))
+    samplers.check_variance(settings(variance=variance), d)
+    said = "note: models/ddpm has learned its variance, and sample.variance = fixed_small does not use it"
+    assert capsys.readouterr().out.startswith(said) == (variance != "learned")
+
+
+def test_a_variance_that_was_not_learned_is_refused():
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
+    with pytest.raises(UserError, match=r"sample.variance = learned: models/ddpm has learned no variance; set it to"):
+        samplers.check_variance(settings(variance="learned"), d)
 
 
 def test_what_is_drawn_is_the_last_state_in_rounded_pixels():
