@@ -14,7 +14,7 @@ from ddpm.data import as_tensor, told_labels
 from ddpm.diffusion import GaussianDiffusion, Variance
 from ddpm.images import to_model_range
 from ddpm.progress import Progress
-from ddpm.samplers import Model
+from ddpm.samplers import Model, normal
 from ddpm.seeding import generator
 
 
@@ -69,6 +69,7 @@ def variational_bound(
     diffusion: GaussianDiffusion,
     images: np.ndarray,
     labels: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
     *,
     variance: Variance,
     batch_size: int,
@@ -81,21 +82,24 @@ def variational_bound(
     Args:
         images: uint8 (N, H, W, C).
         labels: int64 (N,) for a class-conditional network: the bound is then on images given their class.
+        numbers: the place of each image in its data set, (N,), from which its noise follows, and from nothing else;
+            None for 0 ... N-1.
         variance: of the reverse process, as for sampling; fixed_large is the better bound for few training steps.
         keep: keeps the sums of each finished batch.
     """
     steps = diffusion.timesteps
+    numbers = np.arange(len(images)) if numbers is None else numbers
     sums = np.zeros((3, steps))  # over images: of the terms, of the squared errors, and (first in its row) of L_T
     with Progress(len(images) * steps, "variational bound", "eval") as bar:
 
         def one_batch(rows: slice) -> np.ndarray:
             x0 = to_model_range(as_tensor(images[rows]).to(device))
             given = told_labels(model, labels, rows, device)
-            draw = generator(seed, "bound", rows.start)
+            draws = [generator(seed, "bound", int(number)) for number in numbers[rows]]
             batch = np.zeros_like(sums)
             batch[2, 0] = diffusion.prior_term(x0).double().sum().item()
             for step in range(steps):
-                noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(device)
+                noise = normal(draws, x0.shape[1:], device)
                 term, error = _term(given, diffusion, x0, step, noise, variance)
                 batch[0, step] = term.double().sum().item()
                 batch[1, step] = error.double().sum().item()

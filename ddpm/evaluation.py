@@ -1,19 +1,20 @@
 """One evaluation: how far the samples are from real images, and how well the network knows held-out ones."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ddpm import metrics, pictures, report, samplers
+from ddpm import distances, metrics, pictures, report, samplers
 from ddpm.bound import variational_bound
 from ddpm.checkpoint import Keep
 from ddpm.config import Evaluate, Sample
 from ddpm.diffusion import GaussianDiffusion
+from ddpm.errors import UserError
 from ddpm.unet import UNet
 
 PAIRS, PAIR_COLUMNS = 24, 4  # of the picture of the nearest neighbours
@@ -27,6 +28,11 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+
+    def spread(self, count: int | None) -> np.ndarray:
+        """The places of `count` of its images, evenly spaced, (n,); of all for None, or where there are fewer."""
+        total = len(self.images)
+        return np.linspace(0, total - 1, min(count or total, total)).astype(int)
 
 
 @dataclass(frozen=True)
@@ -46,94 +52,215 @@ class Evaluation:
     card: str
 
 
-def evaluate(
-    p: Evaluate,
-    drawn: Sample,
-    unet: UNet,
-    diffusion: GaussianDiffusion,
-    samples: np.ndarray,
-    train: Split,
-    test: Split,
-    info: Mapping[str, Any],
-    device: torch.device,
-    keep: Keep,
-) -> Evaluation:
-    """Measure all that the parameters ask for.
+def check_fit(samples: np.ndarray, unet: UNet, info: Mapping[str, Any]) -> None:
+    """Compare the samples and the network with the data.
 
-    Args:
-        drawn: how the samples were drawn.
+    Raises:
+        UserError: they are of images of another shape, or of other classes; or there are no samples.
+    """
+
+    def shown(shape: tuple[int, ...]) -> str:
+        return "x".join(map(str, shape))
+
+    shape, config = tuple(info["shape"]), unet.config
+    if not len(samples):
+        raise UserError("samples/images.npy: holds no image; run the stage sample again")
+    if samples.shape[1:] != shape:
+        raise UserError(
+            f"samples/images.npy: holds images of {shown(samples.shape[1:])}, and data/prepared of {shown(shape)}; run "
+            f"the stages train and sample again"
+        )
+    made = (config.sample_size, config.sample_size, config.in_channels)
+    if made != shape:
+        raise UserError(
+            f"models/ddpm: draws images of {shown(made)}, and data/prepared holds {shown(shape)}; run the stage train "
+            f"again"
+        )
+    if config.classes and config.classes != len(info["classes"]):
+        raise UserError(
+            f"models/ddpm: knows {config.classes} classes, and data/prepared {len(info['classes'])}; run the stage "
+            f"train again"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What an evaluation works with.
+
+    Attributes:
+        p: what to measure. drawn: how the samples were drawn.
         samples: uint8 (N, H, W, C).
         info: the content of dataset.json.
         keep: keeps the parts of the long loops.
+        class_counts: training images of each class, for sample.class_frequencies = data.
     """
 
-    def features(images: np.ndarray, name: str) -> Tensor:
-        return metrics.extract_features(images, p.features, p.inception_weights, p.batch_size, device, keep, name)
+    p: Evaluate
+    drawn: Sample
+    unet: UNet
+    diffusion: GaussianDiffusion
+    samples: np.ndarray
+    train: Split
+    test: Split
+    info: Mapping[str, Any]
+    device: torch.device
+    keep: Keep
+    class_counts: tuple[int, ...] = ()
+    _fitted: dict[str, distances.Normal] = field(default_factory=dict)
 
-    def nfe(settings: Sample) -> int:
-        """Network evaluations an image: guidance takes two a step."""
-        steps = samplers.timesteps(diffusion.timesteps, settings.steps, settings.spacing)
-        return len(steps) * (1 if settings.guidance == 1 else 2)
+    def run(self) -> Evaluation:
+        """Measure all that the parameters ask for.
 
-    def distance(settings: Sample, seed: int, count: int) -> float:
+        Raises:
+            UserError: samples, network and data do not fit together, or a setting not to them.
+        """
+        check_fit(self.samples, self.unet, self.info)
+        samplers.check_variance(self.drawn, self.diffusion)
+        features = {
+            name: self._features(images, name)
+            for name, images in (
+                ("samples", self.samples),
+                ("train", self.train.images),
+                ("test", self.test.images),
+            )
+        }
+        if self.p.reference == "all":
+            features["all"] = np.concatenate([features["train"], features["test"]])
+        values = self._distances(features)
+        real = self._normal(features[self.p.reference], self.p.reference)
+        if self.p.seeds > 1:
+            seeds = range(self.drawn.seed + 1, self.drawn.seed + self.p.seeds)
+            sets = [values["frechet_distance"]]
+            sets += [self._drawn_distance(self.drawn, seed, len(self.samples), real) for seed in seeds]
+            values["frechet_distance_mean"] = float(np.mean(sets))
+            values["frechet_distance_std"] = float(np.std(sets, ddof=1))
+        memorisation, neighbours = self._memorisation(features)
+        losses, loss_by_timestep = self._losses()
+        bound, bound_by_timestep = self._bound()
+        values |= memorisation | losses | bound
+        plots = {
+            "loss_by_timestep": loss_by_timestep,
+            "bound_by_timestep": bound_by_timestep,
+            "fd_by_nfe": self._curve(values["frechet_distance"], real),
+        }
+        values |= {"samples": len(self.samples), "seeds": self.p.seeds, "nfe": self._nfe(self.drawn)}
+        values["reference_images"] = len(features[self.p.reference])
+        digest = metrics.weights_digest(self.p.features, self.p.inception_weights)
+        names = [self.info["classes"][i] for i in samplers.chosen_classes(self.drawn, self.unet.config)]
+        return Evaluation(values, plots, neighbours, report.card(values, self.p, self.drawn, self.info, digest, names))
+
+    def _features(self, images: np.ndarray, name: str) -> np.ndarray:
+        p = self.p
+        return metrics.extract_features(
+            images, p.features, p.inception_weights, p.batch_size, self.device, self.keep, name
+        )
+
+    def _normal(self, features: np.ndarray, name: str) -> distances.Normal:
+        """The statistics of a set, computed once."""
+        if name not in self._fitted:
+            self._fitted[name] = distances.Normal(features, self.device, name)
+        return self._fitted[name]
+
+    def _distances(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """How far the samples are from real images, and real images from each other."""
+        p, samples, real = self.p, features["samples"], features[self.p.reference]
+
+        def frechet(a: str, b: str) -> float:
+            return distances.frechet_distance(self._normal(features[a], a), self._normal(features[b], b))
+
+        values = {"frechet_distance": frechet("samples", p.reference)}
+        values["kid"], values["kid_std"] = distances.kernel_distance(
+            samples, real, subset_size=p.kid_subset_size, seed=p.seed, device=self.device
+        )
+        values["precision"], values["recall"] = distances.precision_recall(samples, real, p.neighbours, self.device)
+        for name in ("train", "test"):
+            known = name == p.reference
+            values[f"frechet_distance_{name}"] = values["frechet_distance"] if known else frechet("samples", name)
+        values["frechet_distance_real_halves"] = distances.real_floor(real, p.seed, self.device)
+        values["frechet_distance_real_test"] = frechet("test", "train")
+        return values
+
+    def _memorisation(self, features: Mapping[str, np.ndarray]) -> tuple[dict[str, float], Image.Image]:
+        """How far the samples are from the training images, and a picture of the nearest."""
+        to_train, index = distances.nearest(features["samples"], features["train"], self.device)
+        held_out, _ = distances.nearest(features["test"], features["train"], self.device)
+        picture = pictures.pairs(self.samples[:PAIRS], self.train.images[index[:PAIRS]], PAIR_COLUMNS)
+        return {"memorisation_ratio": distances.memorisation_ratio(to_train, held_out)}, picture
+
+    def _held_out(self, count: int | None) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """That many held-out images, their labels for a class-conditional model, and their places in the split."""
+        rows = self.test.spread(count)
+        return self.test.images[rows], self.test.labels[rows] if self.unet.config.classes else None, rows
+
+    def _losses(self) -> tuple[dict[str, float], Rows]:
+        """How well the held-out images are denoised: the simple loss, and the bound's part beside it."""
+        p, parts = self.p, {}
+        parts["loss"], bound = metrics.held_out_loss(
+            self.unet,
+            self.diffusion,
+            *self._held_out(p.loss_images),
+            bins=p.loss_bins,
+            batch_size=p.batch_size,
+            seed=p.seed,
+            device=self.device,
+            keep=self.keep,
+        )
+        if bound is not None:
+            parts["bound_loss"] = bound
+        times = [round((i + 0.5) / p.loss_bins * self.diffusion.timesteps) for i in range(p.loss_bins)]
+        rows = [dict(zip(("timestep", *parts), row, strict=True)) for row in zip(times, *parts.values(), strict=True)]
+        return {f"held_out_{name}": sum(part) / len(part) for name, part in parts.items()}, rows
+
+    def _bound(self) -> tuple[dict[str, float], Rows]:
+        """How likely the held-out images are: the whole bound, and its terms summed over equal ranges of t."""
+        p = self.p
+        if not p.bound_images:
+            return {}, []
+        bound = variational_bound(
+            self.unet,
+            self.diffusion,
+            *self._held_out(p.bound_images),
+            variance=self.drawn.variance,
+            batch_size=p.batch_size,
+            seed=p.seed,
+            device=self.device,
+            keep=self.keep,
+        )
+        return {"bits_per_dim": bound.bits_per_dim}, bound.rows(BOUND_RANGES)
+
+    def _nfe(self, settings: Sample) -> int:
+        """Network evaluations per image: guidance takes two per step."""
+        return settings.steps * (1 if settings.guidance == 1 else 2)
+
+    def _drawn_distance(self, settings: Sample, seed: int, count: int, real: distances.Normal) -> float:
         """The Fréchet distance of newly drawn samples."""
-        new = samplers.draw(unet, diffusion, settings, seed, count, device, keep=keep)
-        return metrics.frechet_distance(features(new, f"{settings.sampler}-{nfe(settings)}-seed-{seed}"), real)
+        images = samplers.draw(
+            self.unet,
+            self.diffusion,
+            settings,
+            seed,
+            count,
+            self.device,
+            keep=self.keep,
+            class_counts=self.class_counts,
+        )
+        name = f"{samplers.settings_name(settings)}-seed-{seed}"
+        fitted = distances.Normal(self._features(images, name), self.device, "new samples")
+        return distances.frechet_distance(fitted, real)
 
-    def held_out(count: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """That many held-out images, evenly spaced, and their labels for a class-conditional model."""
-        total = len(test.images)
-        rows = np.linspace(0, total - 1, min(count or total, total)).astype(int)
-        return test.images[rows], test.labels[rows] if unet.config.classes else None
+    def _curve(self, headline: float, real: distances.Normal) -> Rows:
+        """How the distance falls with the network evaluations; the one point that is known where no curve is asked for.
 
-    # how far from real images
-    fake, of_train, of_test = (
-        features(images, name)
-        for images, name in ((samples, "samples"), (train.images, "train"), (test.images, "test"))
-    )
-    real = {"train": of_train, "test": of_test, "all": torch.cat([of_train, of_test])}[p.reference]
-    values = metrics.compare(fake, real, neighbours=p.neighbours, kid_subset_size=p.kid_subset_size, seed=p.seed)
-    if p.seeds > 1:
-        sets = [values["frechet_distance"]]
-        sets += [distance(drawn, drawn.seed + i, len(samples)) for i in range(1, p.seeds)]
-        values |= {"frechet_distance_mean": float(np.mean(sets)), "frechet_distance_std": float(np.std(sets, ddof=1))}
-    values["frechet_distance_train"] = metrics.frechet_distance(fake, of_train)
-    values["frechet_distance_test"] = metrics.frechet_distance(fake, of_test)
-    values["frechet_distance_real_halves"] = metrics.real_floor(real, p.seed)
-    values["frechet_distance_real_test"] = metrics.frechet_distance(of_test, of_train)
-
-    # how far from the training images
-    to_train, index = metrics.nearest(fake, of_train, device)
-    values["memorisation_ratio"] = metrics.memorisation_ratio(to_train, metrics.nearest(of_test, of_train, device)[0])
-    neighbours = pictures.pairs(samples[:PAIRS], train.images[index[:PAIRS]], PAIR_COLUMNS)
-
-    # how well the held-out images are denoised
-    options: Any = {"batch_size": p.batch_size, "seed": p.seed, "device": device, "keep": keep}
-    losses = metrics.held_out_loss(unet, diffusion, *held_out(p.loss_images), bins=p.loss_bins, **options)
-    values["held_out_loss"] = sum(losses) / len(losses)
-    times = [round((i + 0.5) / len(losses) * diffusion.timesteps) for i in range(len(losses))]
-    plots: dict[str, Rows] = {
-        "loss_by_timestep": [{"timestep": t, "loss": loss} for t, loss in zip(times, losses, strict=True)],
-        "bound_by_timestep": [],
-    }
-
-    # how likely they are: the whole bound, and its terms summed over equal ranges of t
-    if p.bound_images:
-        bound = variational_bound(unet, diffusion, *held_out(p.bound_images), variance=drawn.variance, **options)
-        values["bits_per_dim"] = bound.bits_per_dim
-        plots["bound_by_timestep"] = bound.rows(BOUND_RANGES)
-
-    # how the distance falls with the network evaluations; where no curve is asked for, the one point that is known
-    points = [  # fixed_small, since fixed_large collapses where steps are skipped
-        drawn.model_copy(update={"sampler": line.sampler, "steps": steps, "variance": "fixed_small"})
-        for line in p.nfe_curve
-        for steps in line.steps
-    ]
-    curve = [(point, distance(point, point.seed, p.nfe_samples)) for point in points]
-    curve = curve or [(drawn, values["frechet_distance"])]
-    plots["fd_by_nfe"] = [{"sampler": s.sampler, "nfe": nfe(s), "frechet_distance": value} for s, value in curve]
-
-    values |= {"samples": len(samples), "seeds": p.seeds, "nfe": nfe(drawn), "reference_images": len(real)}
-    digest = metrics.weights_digest(p.features, p.inception_weights)
-    names = [info["classes"][i] for i in samplers.chosen_classes(drawn, unet.config)]
-    return Evaluation(values, plots, neighbours, report.card(values, p, drawn, info, digest, names))
+        A distance that is not defined has no point.
+        """
+        points = [  # fixed_small, since fixed_large collapses where steps are skipped
+            self.drawn.model_copy(update={"sampler": line.sampler, "steps": steps, "variance": "fixed_small"})
+            for line in self.p.nfe_curve
+            for steps in line.steps
+        ]
+        curve = [(point, self._drawn_distance(point, point.seed, self.p.nfe_samples, real)) for point in points]
+        return [
+            {"sampler": settings.sampler, "nfe": self._nfe(settings), "frechet_distance": value}
+            for settings, value in curve or [(self.drawn, headline)]
+            if not math.isnan(value)
+        ]

@@ -1,4 +1,4 @@
-"""How an evaluation is told: numbers to compare, and a fact sheet with all that they were measured with."""
+"""How an evaluation is reported: numbers to compare, and a fact sheet with all that they were measured with."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def card(
         return " / ".join(f"{numbers[name]:g}" if name in numbers else "not defined" for name in names)
 
     distance = "FID" if evaluate.features == "inception" else "Fréchet distance"
-    noise = f"eta {sample.eta:g}" if sample.sampler == "ddim" else f"variance {sample.variance}"
+    noise = {"ddim": f", eta {sample.eta:g}", "ddpm": f", variance {sample.variance}", "dpm_solver": ""}[sample.sampler]
     rows = {distance: told("frechet_distance")}
     if evaluate.seeds > 1:
         spread = f"{told('frechet_distance_mean')} ± {told('frechet_distance_std')}"
@@ -59,13 +59,19 @@ def card(
         "Precision / recall": told("precision", "recall"),
         "Memorisation ratio": f"{told('memorisation_ratio')} (1: as new as held-out images; 0: copies)",
         "Held-out loss": told("held_out_loss"),
+    }
+    if "held_out_bound_loss" in values:
+        rows["Held-out loss, the bound's part"] = told("held_out_bound_loss")
+    rows |= {
         "Bits/dim, at most": f"{told('bits_per_dim')} ({evaluate.bound_images} held-out images, {sample.variance})",
         "Samples": f"{numbers['samples']}, seed {sample.seed}",
-        "Sampler": f"{sample.sampler}, {sample.spacing} spacing, {noise}",
+        "Sampler": f"{sample.sampler}, {sample.spacing} spacing{noise}",
         "NFE": told("nfe"),
     }
     if classes:
-        rows["Classes"] = f"{', '.join(classes)}, in turn, guidance scale {sample.guidance:g}"
+        often = {"equal": "each as often as the others, whatever the data", "data": "as often as in the training data"}
+        frequencies = often[sample.class_frequencies]
+        rows["Classes"] = f"{', '.join(classes)}; {frequencies}; guidance scale {sample.guidance:g}"
     rows |= {
         "Quantiser": "uint8, round to nearest",
         "Extractor": evaluate.features,

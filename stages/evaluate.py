@@ -23,9 +23,9 @@ def main(params: Any) -> None:
     from ddpm.data import load_array, load_images, load_info, load_labels, watch
     from ddpm.device import choose_device, memory_faults, memory_format
     from ddpm.diffusion import GaussianDiffusion
-    from ddpm.evaluation import Split, evaluate
+    from ddpm.evaluation import Evaluator, Split
     from ddpm.files import write_file
-    from ddpm.pipeline_io import load_model, training_run, weights_sha256
+    from ddpm.pipeline_io import class_counts, load_model, training_run, weights_sha256
     from ddpm.report import rounded, write_json
     from ddpm.tracking import Tracker
 
@@ -34,14 +34,15 @@ def main(params: Any) -> None:
     train, test = (Split(load_images(DATA, split), load_labels(DATA, split)) for split in ("train", "test"))
     unet, diffusion = load_model(MODEL)
     config = {name: section.model_dump() for name, section in vars(params).items()}
-    run = fingerprint(config, weights_sha256(MODEL), info["sha256"], hashlib.sha256(samples.data).hexdigest())
+    counts = class_counts(MODEL)
+    run = fingerprint(config, weights_sha256(MODEL), counts, info["sha256"], hashlib.sha256(samples.data).hexdigest())
     device = choose_device(params.runtime)
     with (
         memory_faults("lower evaluate.batch_size or sample.batch_size"),
         ResumeState(state_folder(root() / ".state", "evaluate", run)) as state,
         Tracker(None, params.tracking, config, training_run(MODEL), "evaluate") as tracker,
     ):
-        done = evaluate(
+        done = Evaluator(
             params.evaluate,
             params.sample,
             unet.to(device).to(memory_format=memory_format(params.runtime, device)),
@@ -52,7 +53,8 @@ def main(params: Any) -> None:
             info,
             device,
             state.keep,
-        )
+            counts,
+        ).run()
         if distributed.anywhere(changed()):
             state.remove()
             raise UserError(f"{DATA}: was changed while the stage ran; nothing of it is kept; run it again")

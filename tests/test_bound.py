@@ -103,6 +103,22 @@ def test_the_bound_does_not_depend_on_other_draws_and_repeats():
     assert a.bits_per_dim == b.bits_per_dim != c.bits_per_dim
 
 
+def test_the_bound_follows_from_each_image_alone():
+    images, _ = gaussian_images(7, 127.5, 40.0)
+    d = GaussianDiffusion(DiffusionConfig(20, "cosine", "v"))
+
+    def terms(rows, batch_size):
+        options = {"variance": "fixed_large", "batch_size": batch_size, "seed": 0, "device": CPU}
+        bound = variational_bound(small_unet(), d, images[rows], None, np.array(rows), **options)
+        return np.array([*bound.terms, *bound.x0_mse, bound.prior]) * len(rows)
+
+    whole = terms([*range(7)], 7)
+    for batch_size in (1, 2, 6, 100):
+        np.testing.assert_allclose(terms([*range(7)], batch_size), whole, rtol=1e-4)
+    np.testing.assert_allclose(terms([6, 1, 0, 3, 2, 5, 4], 3), whole, rtol=1e-4)
+    np.testing.assert_allclose(terms([0, 2, 5], 2) + terms([1, 3, 4, 6], 3), whole, rtol=1e-4)
+
+
 def test_the_likelihoods_of_all_levels_sum_to_one():
     levels = torch.arange(256).float().view(256, 1, 1, 1) / 127.5 - 1
     for mean in (-1.0, 0.1, 0.97):

@@ -35,9 +35,13 @@ def test_the_card_tells_what_the_distance_was_measured_with():
     assert told["Data set, sha256"] == "f8286"
 
 
-def test_the_card_of_a_class_conditional_model_tells_classes_and_guidance():
-    conditional = ("model.class_conditional=true", "sample.guidance=2.5")
-    assert card(*conditional, classes=["cat", "dog"])["Classes"] == "cat, dog, in turn, guidance scale 2.5"
+@pytest.mark.parametrize(
+    ("frequencies", "words"),
+    [("equal", "each as often as the others, whatever the data"), ("data", "as often as in the training data")],
+)
+def test_the_card_of_a_class_conditional_model_has_classes_frequencies_and_guidance(frequencies, words):
+    conditional = ("model.class_conditional=true", "sample.guidance=2.5", f"sample.class_frequencies={frequencies}")
+    assert card(*conditional, classes=["cat", "dog"])["Classes"] == f"cat, dog; {words}; guidance scale 2.5"
     assert "Classes" not in card()
 
 
@@ -64,3 +68,16 @@ def test_what_is_not_defined_for_the_data_is_said_in_the_card_and_left_out_of_th
 def test_rows_are_written_as_a_list(tmp_path, rows):
     report.write_json(tmp_path / "rows.json", rows)
     assert json.loads((tmp_path / "rows.json").read_text()) == [row | {"frechet_distance": 1.2346} for row in rows]
+
+
+def test_the_bounds_part_of_a_loss_stands_beside_it_in_the_card():
+    told = card(values=VALUES | {"held_out_loss": 0.2111, "held_out_bound_loss": 0.0097})
+    assert (told["Held-out loss"], told["Held-out loss, the bound's part"]) == ("0.2111", "0.0097")
+    assert not any("bound's part" in name for name in card())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "words"), [("ddim", ", eta 0"), ("ddpm", ", variance fixed_small"), ("dpm_solver", "")]
+)
+def test_the_card_names_what_a_sampler_uses_and_nothing_else(sampler, words):
+    assert card(f"sample={sampler}")["Sampler"] == f"{sampler}, trailing spacing{words}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import metrics, samplers
+from ddpm import distances, samplers
 from ddpm.config import NfeCurve, Sample, check
 from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
@@ -42,16 +42,17 @@ def drawn(seed, count=24, **changes):
 def distance(samples):
     """To the reference, which is all of the data."""
     real = np.concatenate([np.load(f"data/prepared/{split}/images.npy") for split in ("train", "test")])
-    return metrics.frechet_distance(*(metrics.extract_features(x, "pixels", None, 100, CPU) for x in (samples, real)))
+    return distances.frechet_distance(*(distances.Normal(x.reshape(len(x), -1)) for x in (samples, real)))
 
 
-def tell(test):
-    """Write dataset.json, with so many held-out images."""
-    counts = {"train": 60, "test": test}
+def tell(test, train=60, **more):
+    """Write dataset.json, with so many images in each split."""
+    counts = {"train": train, "test": test}
     parts = [np.load(f"data/prepared/{split}/{kind}.npy") for split in counts for kind in ("images", "labels")]
     content = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
     info = {"name": "digits", "shape": [8, 8, 1], "counts": counts, "classes": [], "class_counts": []}
-    info |= {"broken": 0, "sha256": content}
+    info |= {"broken": 0, "sha256": content} | more
+    info["class_counts"] = [1] * len(info["classes"])
     Path("data/prepared/dataset.json").write_text(json.dumps(info))
 
 
@@ -69,6 +70,12 @@ def inside(tmp_path, monkeypatch):
     Path("samples").mkdir()
     np.save("samples/images.npy", drawn(seed=0))
     return tmp_path
+
+
+def split(name, count):
+    """Replace the images of a split by so many."""
+    np.save(f"data/prepared/{name}/images.npy", images(count, seed=count + 1000 * len(name)))
+    np.save(f"data/prepared/{name}/labels.npy", np.zeros(count, dtype=np.int64))
 
 
 def run(*overrides):
@@ -167,14 +174,127 @@ def test_samples_that_are_the_reference_images_are_at_distance_zero(inside):
         assert (values["precision"], values["recall"]) == (1, 1)
 
 
-def test_a_single_held_out_image_leaves_out_what_it_does_not_define(inside):
-    np.save("data/prepared/test/images.npy", images(1, seed=0))
-    np.save("data/prepared/test/labels.npy", np.zeros(1, dtype=np.int64))
-    tell(test=1)
-    values = run("evaluate.reference=train")
-    assert values["frechet_distance"] == values["frechet_distance_train"]
-    assert not {"frechet_distance_test", "frechet_distance_real_test"} & set(values)
-    assert "not defined" in Path("results/evaluate/card.md").read_text()
+@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1), (3, 2), (4, 4), (5, 1), (60, 1)])
+@pytest.mark.parametrize("samples", [1, 3, 24])
+def test_of_few_images_what_is_defined_is_written_and_the_rest_is_named(inside, counts, samples):
+    train, test = counts
+    split("train", train)
+    split("test", test)
+    tell(test, train)
+    np.save("samples/images.npy", images(samples, seed=1))
+    values = run("evaluate.bound_images=2")
+    reference = train + test
+    defined = {
+        "frechet_distance": min(samples, reference) > 1, "kid": min(samples, reference) > 1,
+        "frechet_distance_train": min(samples, train) > 1, "frechet_distance_test": min(samples, test) > 1,
+        "frechet_distance_real_halves": reference > 3, "frechet_distance_real_test": min(train, test) > 1,
+        "precision": reference > 3, "recall": samples > 3, "memorisation_ratio": True, "held_out_loss": True,
+        "bits_per_dim": True,
+    }  # fmt: skip
+    assert {name: name in values for name in defined} == defined
+    card = Path("results/evaluate/card.md").read_text()
+    assert ("not defined" in card) == (not all(defined.values()))
+    assert "nan" not in card
+    assert len(rows()) == defined["frechet_distance"]
+    assert {path.name for path in Path("results/evaluate").iterdir()} == set(OUTPUTS)
+
+
+def test_a_reference_no_larger_than_the_neighbours_is_measured_otherwise(inside):
+    values = run("evaluate.neighbours=20", "sample.count=24", "evaluate.reference=test")
+    assert {"precision", "recall"} <= set(values)
+    split("test", 20)
+    tell(20)
+    values = run("evaluate.neighbours=20", "evaluate.reference=test")
+    assert "recall" in values
+    assert "precision" not in values
+    assert "| Precision / recall | not defined / " in Path("results/evaluate/card.md").read_text()
+
+
+def test_no_number_depends_on_the_batch_size_beyond_rounding(inside):
+    settings = ("evaluate.bound_images=5", "evaluate.nfe_curve=[{sampler: ddpm, steps: [3]}]", "evaluate.seeds=2")
+    expected = run(*settings) | {"curve": rows()[0]["frechet_distance"]}
+    for size in (1, 7, 100):
+        values = run(*settings, f"evaluate.batch_size={size}", f"sample.batch_size={size}")
+        values["curve"] = rows()[0]["frechet_distance"]
+        assert values == pytest.approx(expected, rel=2e-4, abs=2e-4)
+
+
+def test_the_statistics_of_each_set_are_computed_once(inside, monkeypatch):
+    fitted, init = [], distances.Normal.__init__
+
+    def spy(self, features, device, name):
+        fitted.append(name)
+        init(self, features, device, name)
+
+    monkeypatch.setattr(distances.Normal, "__init__", spy)
+    run("evaluate.seeds=2")
+    expected = ["samples", "all", "train", "test", *["a half of the reference"] * 2, "new samples"]
+    assert sorted(fitted) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (lambda: np.save("samples/images.npy", np.zeros((9, 16, 16, 1), np.uint8)),
+         r"samples/images.npy: holds images of 16x16x1, and data/prepared of 8x8x1; run the stages train and sample"),
+        (lambda: np.save("samples/images.npy", np.zeros((9, 8, 8, 3), np.uint8)), "8x8x3, and data/prepared of 8x8x1"),
+        (lambda: np.save("samples/images.npy", np.zeros((0, 8, 8, 1), np.uint8)), "images.npy: holds no image; run"),
+        (lambda: save_model("models/ddpm", small_unet(16), DIFFUSION, {"run": "0" * 16}),
+         r"models/ddpm: draws images of 16x16x1, and data/prepared holds 8x8x1; run the stage train again"),
+        (lambda: save_model("models/ddpm", small_unet(num_class_embeds=3), DIFFUSION, {"run": "0" * 16}),
+         r"models/ddpm: knows 3 classes, and data/prepared 0; run the stage train again"),
+    ],
+)  # fmt: skip
+def test_samples_or_a_network_that_do_not_fit_the_data_are_refused_in_a_line(inside, make, fault):
+    make()
+    with pytest.raises(UserError, match=fault) as refused:
+        run()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned"])
+def test_a_learned_variance_has_the_simple_loss_and_the_bounds_part_beside_it(inside, capsys, variance):
+    plain = run()
+    hybrid = DiffusionConfig(20, "cosine", "v", learn_variance=True)
+    one, two = small_unet(), small_unet(out_channels=2)
+    state = one.state_dict() | {
+        name: torch.cat([value, torch.zeros_like(value)])  # the same prediction, and a share of 0
+        for name, value in one.state_dict().items()
+        if name.startswith("conv_out")
+    }
+    two.load_state_dict(state)
+    save_model("models/ddpm", two, hybrid, {"run": "0123456789abcdef"})
+    values = run("diffusion=improved", "diffusion.timesteps=20", f"sample.variance={variance}")
+    assert values["held_out_loss"] == pytest.approx(plain["held_out_loss"], abs=2e-4)
+    assert values["held_out_bound_loss"] > 0
+    assert "held_out_bound_loss" not in plain
+    row = json.loads(Path("results/evaluate/loss_by_timestep.json").read_text())[0]
+    assert set(row) == {"timestep", "loss", "bound_loss"}
+    assert "Held-out loss, the bound's part" in Path("results/evaluate/card.md").read_text()
+    assert ("sample.variance = fixed_large does not use it" in capsys.readouterr().out) == (variance != "learned")
+
+
+def test_points_of_a_curve_that_differ_in_their_steps_alone_are_each_drawn(inside):
+    run("evaluate.nfe_curve=[{sampler: ddim, steps: [17, 18, 19, 20]}]", "sample.spacing=quadratic")
+    assert [row["nfe"] for row in rows()] == [17, 18, 19, 20]
+    expected = [distance(drawn(0, count=12, steps=steps, spacing="quadratic")) for steps in (17, 18, 19, 20)]
+    assert len(set(expected)) == 4
+    assert [row["frechet_distance"] for row in rows()] == pytest.approx(expected, abs=1e-4)
+
+
+def test_further_samples_have_the_classes_of_the_data(inside):
+    unet = small_unet(num_class_embeds=2, class_names=("cat", "dog"))
+    tell(30, classes=["cat", "dog"])
+    save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16, "data": {"class_counts": [50, 10]}})
+    options = ("model.class_conditional=true", "evaluate.nfe_curve=[{sampler: ddim, steps: [3]}]")
+    run(*options, "sample.class_frequencies=data")
+    settings = check(composed(*SETTINGS, *options, "sample.class_frequencies=data", "sample.steps=3")).sample
+    new = samplers.draw(unet, GaussianDiffusion(DIFFUSION), settings, 0, 12, CPU, class_counts=(50, 10))
+    assert rows()[0]["frechet_distance"] == pytest.approx(distance(new), abs=1e-4)
+    assert "as often as in the training data" in Path("results/evaluate/card.md").read_text()
+    save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16})
+    with pytest.raises(UserError, match="does not hold the class_counts"):
+        run(*options, "sample.class_frequencies=data")
 
 
 def test_the_curve_takes_the_samplers_that_the_stage_sample_takes():
