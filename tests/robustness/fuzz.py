@@ -1,4 +1,5 @@
-"""Feed damaged, odd and hostile inputs to what reads a person's files: each ends in a result or in a told fault.
+"""Feed damaged, odd and hostile inputs to what reads a person's files, and odd settings to the samplers: each ends in a
+result or in a told fault.
 
     python -m tests.robustness.fuzz --examples 5000
     python -m tests.robustness.fuzz --only images --examples 100000 --seed 7
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ddpm import samplers
 from ddpm.checkpoint import ResumeState
 from ddpm.config import Dataset, check, load_params
 from ddpm.data import batches, load_images, load_info, load_labels
@@ -522,6 +524,37 @@ def transform_lists(case: tuple[list[dict[str, Any]], int]) -> str:
         return outcome(read)
 
 
+TIMESTEPS = st.integers(2, 1200) | st.sampled_from([2, 3, 1000, 4000, 20_000, 100_000])
+STEPS = st.integers(0, 60) | st.integers(1, 1300)  # more than there are timesteps, too
+
+
+def sampling(case: dict[str, Any]) -> str:
+    """A sampler with the best network for one normal pixel, in closed form: as many states as steps, all finite."""
+    config, total, mean, std = case["config"], case["timesteps"], 0.1, 0.2
+
+    def read() -> None:
+        d = GaussianDiffusion(DiffusionConfig(total, **config))
+        path = samplers.timesteps(total, case["steps"], case["spacing"])
+        assert len(path) == len(set(path)) and total > path[0] and path[-1] >= 0 and path == sorted(path)[::-1]
+
+        def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            a = float(d.alphas_cumprod[int(t[0])])
+            signal, sigma = a**0.5, (1 - a) ** 0.5
+            epsilon = sigma * (x - signal * mean) / (a * std**2 + 1 - a)
+            x0 = mean + signal * std**2 * (x - signal * mean) / (a * std**2 + 1 - a)
+            output = {"epsilon": epsilon, "x0": x0, "v": signal * epsilon - sigma * x0}[config["prediction"]]
+            return torch.cat([output, torch.zeros_like(x)], dim=1) if config["learn_variance"] else output
+
+        g = torch.Generator().manual_seed(0)
+        noise = lambda: torch.randn(4, 1, 1, 1, generator=g)  # noqa: E731
+        sampler = samplers.SAMPLERS[case["sampler"]]
+        states = list(sampler(model, d, noise(), path, noise, variance=case["variance"], eta=case["eta"]))
+        assert [state.t for state in states] == path
+        assert all(state.x.isfinite().all() and state.x0.abs().max() <= 1 for state in states)
+
+    return outcome(read)
+
+
 CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
     "parameters": (VALUES, parameters),
     "parameter_file": (BYTES, parameter_file),
@@ -572,6 +605,28 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
             }
         ),
         folder_layouts,
+    ),
+    "sampling": (
+        st.fixed_dictionaries(
+            {
+                "timesteps": TIMESTEPS,
+                "steps": STEPS,
+                "spacing": st.sampled_from(["leading", "trailing", "linear", "quadratic"]),
+                "sampler": st.sampled_from(list(samplers.SAMPLERS)),
+                "variance": st.sampled_from(["fixed_small", "fixed_large", "learned"]),
+                "eta": st.sampled_from([0.0, 0.5, 1.0]),
+                "config": st.fixed_dictionaries(
+                    {
+                        "schedule": st.sampled_from(["linear", "cosine", "sigmoid"]),
+                        "prediction": st.sampled_from(["epsilon", "x0", "v"]),
+                        "learn_variance": st.booleans(),
+                        "beta_start": st.sampled_from([1e-4, 1e-12, 1e-6, 0.01]),
+                        "beta_end": st.sampled_from([0.02, 0.05, 0.5, 0.999]),
+                    }
+                ),
+            }
+        ),
+        sampling,
     ),
     "models": (FILES, models),
     "prepared": (FILES, prepared),
