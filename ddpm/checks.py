@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm.costs import evaluation_faults
 from ddpm.errors import UserError, legible
 from ddpm.targets import near, shown
 
@@ -95,7 +96,11 @@ def _classes(params: "Params", info: Mapping[str, Any]) -> Faults:
             yield "sample.classes", f"{shown(name)} is no class of the data{legible(near(name, names))}; known: {known}"
 
 
-CHECKS: list[Callable[["Params", Mapping[str, Any]], Faults]] = [_warmup, _classes]
+def _costs(params: "Params", info: Mapping[str, Any]) -> Faults:
+    return evaluation_faults(params, info["shape"], info["counts"])
+
+
+CHECKS: list[Callable[["Params", Mapping[str, Any]], Faults]] = [_warmup, _classes, _costs]
 
 
 def check_data(params: "Params", info: Mapping[str, Any]) -> None:

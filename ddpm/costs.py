@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ddpm.config import Params
+if TYPE_CHECKING:
+    from ddpm.config import Params
 
 CPU_RATE, GPU_RATE = 1e10, 5e11  # float64 operations per second: of a CPU thread, of a GPU; low, to be safe
 MOST_HOURS = 12
@@ -27,7 +29,7 @@ class Cost:
     memory: float
 
 
-def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, int]) -> Cost:
+def evaluation_cost(params: "Params", shape: Sequence[int], counts: Mapping[str, int]) -> Cost:
     """The cost of all distances that `evaluate` computes; the routes are those of ddpm/distances.py.
 
     Args:
@@ -69,7 +71,7 @@ def _pair(a: int, b: int, width: int) -> Cost:
 
 
 def evaluation_faults(
-    params: Params, shape: Sequence[int], counts: Mapping[str, int], memory: int | None = None
+    params: "Params", shape: Sequence[int], counts: Mapping[str, int], memory: int | None = None
 ) -> Iterator[tuple[str, str]]:
     """Why an evaluation would not end on this machine: the path of a setting, and what is wrong with its value.
 
