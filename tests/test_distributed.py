@@ -140,7 +140,9 @@ def on_two_machines(place: Path, *overrides: str) -> str:
 
 
 def test_a_stage_run_as_a_script_launches_its_processes(place):
-    assert "one of 2 processes" in finish(start(place, "train", *SEVERAL, "train.steps=1", script=True))
+    assert "one of 2 processes" in finish(
+        start(place, "train", *SEVERAL, "train.steps=1", "train.warmup_steps=0", script=True)
+    )
 
 
 def test_two_machines_train_as_one(place):

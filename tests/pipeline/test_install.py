@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from tests.conftest import ROOT, composed
 from tests.pipeline.conftest import Clone, make_clone
 
-FEW = ("+experiment=smoke", "runtime.threads=1", "train.steps=2", "tracking.wandb=disabled")
+FEW = ("+experiment=smoke", "runtime.threads=1", "train.steps=2", "train.warmup_steps=0", "tracking.wandb=disabled")
 
 
 @pytest.fixture(scope="module")

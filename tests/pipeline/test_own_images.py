@@ -170,7 +170,7 @@ def test_a_folder_is_looked_into_and_its_command_is_printed(person, tmp_path):
     photographs(pictures, 3)
     (line,) = BLOCKS[2]
     out = person.type(line.replace("/home/me/Müller (1)", str(pictures)))
-    command = out.splitlines()[-1]
+    (command,) = (printed for printed in out.splitlines() if printed.startswith("dvc exp run"))
     assert command == f"dvc exp run -S dataset=folder -S +experiment=short -S 'dataset.path=\"{pictures}\"'"
     clone = git_clone(person.base / "hosted.git", tmp_path / "typed")
     assert "Ran experiment" in person.type(f"{command} prepare_data", clone)

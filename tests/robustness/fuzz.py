@@ -350,6 +350,12 @@ def image_folders(case: dict[str, Any]) -> str:
         shutil.rmtree(folder)
 
 
+def files_in(places: list[list[str]] | None) -> st.SearchStrategy[Any]:
+    """Files in these folders, or in any."""
+    parents = st.lists(NAME, max_size=2) if places is None else st.sampled_from(places)
+    return st.lists(st.tuples(parents, NAME, st.sampled_from(EXTENSIONS[:-1]), PLACE), min_size=2, max_size=8)
+
+
 # Names of folders, one in three of which may be a side
 FOLDERS = ("cat", "dog", "Bus", "0", "archive", "images", "seg_train", "seg_test", "bullet_train")
 TRAINING = ("train", "Train", "training", "training_set")
@@ -570,15 +576,7 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
     "image_folders": (
         st.fixed_dictionaries(
             {
-                "files": st.lists(
-                    st.tuples(
-                        st.sampled_from([[], ["cat"], ["dog"], ["train"], ["test"]]) | st.lists(NAME, max_size=2),
-                        NAME,
-                        st.sampled_from(EXTENSIONS[:-1]),
-                        PLACE,
-                    ),
-                    max_size=6,
-                ),
+                "files": st.sampled_from([[[]], [["cat"], ["dog"]], [["train"], ["test"]], None]).flatmap(files_in),
                 "dataset": st.fixed_dictionaries(
                     {"on_broken": st.sampled_from(["stop", "skip"]), "subset": st.sampled_from([None, 1, 0.5])}
                 ),
