@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import growth, quality, report, sampling, train_step, whole
-from ddpm.runtime import SPINS
+from ddpm.runtime.stage import SPINS
 
 MEASUREMENTS: dict[str, ModuleType] = {
     "train_step": train_step,

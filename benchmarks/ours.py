@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks.workers import Tell, cost, repeat
-from ddpm.config import Params, check
-from ddpm.runtime import REPRODUCIBLE_ENVIRONMENT
+from ddpm.config.schema import Params, check
+from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
 
 CONF = Path(__file__).parents[1] / "conf"
 FASTEST = ["runtime.reproducible=false", "runtime.threads=null"]
@@ -40,23 +40,23 @@ def params(*overrides: str) -> Params:
 
 
 def _network(p: Params, size: int, channels: int) -> Any:
-    from ddpm.unet import UNet, unet_config
+    from ddpm.core.unet import UNet, unet_config
 
     return UNet(unet_config(p.model, size, channels, p.diffusion.learn_variance, (), False))
 
 
 def _diffusion(p: Params, device: Any) -> Any:
-    from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+    from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 
     return GaussianDiffusion(DiffusionConfig(**p.diffusion.model_dump()), device)
 
 
 def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = None) -> Any:
     """The averaged network of a whole training, by the project's own loop; `turn` is called every log_every steps."""
-    from ddpm.checkpoint import ResumeState
-    from ddpm.device import choose_device
-    from ddpm.tracking import Tracker
-    from ddpm.training import Job, train
+    from ddpm.runtime.device import choose_device
+    from ddpm.runtime.resume import ResumeState
+    from ddpm.runtime.tracking import Tracker
+    from ddpm.training.loop import Job, train
 
     class Turns(Tracker):
         def log(self, step: int, metrics: dict[str, float], machine: dict[str, float] | None = None) -> None:
@@ -113,8 +113,8 @@ def save_random_model(folder: Path) -> None:
     """The paper's network with weights that are random, and nowhere zero as fresh ones are, as a model folder."""
     import torch
 
-    from ddpm.pipeline_io import save_model
-    from ddpm.unet import initialise
+    from ddpm.core.unet import initialise
+    from ddpm.model_folder import save_model
 
     p = params("model=paper", "diffusion=linear")
     network = _network(p, 32, 3)
@@ -130,10 +130,10 @@ def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, override
     """Turns of one batch by DDIM; `out` receives it as float32 (batch, H, W, C) in [0, 1]."""
     import torch
 
-    from ddpm import samplers
-    from ddpm.device import choose_device, memory_format
-    from ddpm.diffusion import GaussianDiffusion
-    from ddpm.pipeline_io import load_model
+    from ddpm.core import samplers
+    from ddpm.core.diffusion import GaussianDiffusion
+    from ddpm.model_folder import load_model
+    from ddpm.runtime.device import choose_device, memory_format
 
     runtime = params(*overrides).runtime
     device = choose_device(runtime)
@@ -153,8 +153,8 @@ def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, override
 
 def digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The training images of the default data set, and all its images: uint8 (N, 8, 8, 1)."""
-    from ddpm.data import load_images
-    from ddpm.datasets import prepare
+    from ddpm.data.batches import load_images
+    from ddpm.data.prepare import prepare
 
     prepare(params().dataset, folder / "prepared", folder)
     train, test = (np.array(load_images(folder / "prepared", split)) for split in ("train", "test"))
@@ -163,7 +163,7 @@ def digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def distance(samples: np.ndarray, real: np.ndarray) -> float:
     """The Fréchet distance between two sets of images, uint8 (N, H, W, C), in pixel space."""
-    from ddpm.distances import Normal, frechet_distance
+    from ddpm.evaluation.distances import Normal, frechet_distance
 
     a, b = (Normal(images.reshape(len(images), -1)) for images in (samples, real))
     return frechet_distance(a, b)
@@ -172,8 +172,8 @@ def distance(samples: np.ndarray, real: np.ndarray) -> float:
 def quality(tell: Tell, images: str, count: int, out: str) -> None:
     """Turns of a whole training that fills the seconds asked for; `out` receives its samples."""
     from benchmarks.quality import fill
-    from ddpm.device import choose_device
-    from ddpm.samplers import draw
+    from ddpm.core.samplers import draw
+    from ddpm.runtime.device import choose_device
 
     def train(steps: int) -> Any:
         lengths = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", "train.sample_every=0"]
@@ -189,7 +189,7 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
 
 def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
     """Turns of so many batches from a file that is memory-mapped."""
-    from ddpm.data import batches, load_array
+    from ddpm.data.batches import batches, load_array
 
     array = load_array(images, "", "uint8", 4)
     labels = np.zeros(len(array), np.int64)
@@ -199,8 +199,8 @@ def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
 
 def drawing(tell: Tell, count: int) -> None:
     """Turns that draw so many samples, in batches, with the default network and 10 steps of DDIM."""
-    from ddpm.device import choose_device
-    from ddpm.samplers import draw
+    from ddpm.core.samplers import draw
+    from ddpm.runtime.device import choose_device
 
     p = params("sample.steps=10", "sample.batch_size=64")
     device = choose_device(p.runtime)

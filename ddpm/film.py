@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from ddpm.checkpoint import ResumeState, slices
-from ddpm.images import to_pixels
+from ddpm.core.pixels import to_pixels
 from ddpm.pictures import film_images
+from ddpm.runtime.resume import ResumeState, slices
 
 STRIP_ROWS, STRIP_COLUMNS = 6, 11  # images and moments of the strip
 FILM_MOMENTS = 25

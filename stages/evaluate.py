@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import UserError
-from ddpm.runtime import root, run_stage
+from ddpm.runtime.stage import root, run_stage
 
 SECTIONS = ("runtime", "sample", "evaluate", "tracking")
 DATA, MODEL, SAMPLES = Path("data/prepared"), Path("models/ddpm"), Path("samples/images.npy")
@@ -18,16 +18,16 @@ RESULTS = Path("results/evaluate")
 
 def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
-    from ddpm import distributed
-    from ddpm.checkpoint import ResumeState, fingerprint, state_folder
-    from ddpm.data import load_array, load_images, load_info, load_labels, watch
-    from ddpm.device import choose_device, memory_faults, memory_format
-    from ddpm.diffusion import GaussianDiffusion
-    from ddpm.evaluation import Evaluator, Split
+    from ddpm.core.diffusion import GaussianDiffusion
+    from ddpm.data.batches import load_array, load_images, load_info, load_labels, watch
+    from ddpm.evaluation.card import rounded, write_json
+    from ddpm.evaluation.evaluate import Evaluator, Split
     from ddpm.files import write_file
-    from ddpm.pipeline_io import class_counts, load_model, training_run, weights_sha256
-    from ddpm.report import rounded, write_json
-    from ddpm.tracking import Tracker
+    from ddpm.model_folder import class_counts, load_model, training_run, weights_sha256
+    from ddpm.runtime import processes
+    from ddpm.runtime.device import choose_device, memory_faults, memory_format
+    from ddpm.runtime.resume import ResumeState, fingerprint, state_folder
+    from ddpm.runtime.tracking import Tracker
 
     samples, info = load_array(SAMPLES, "sample", "uint8", 4), load_info(DATA)
     changed = watch(DATA)
@@ -55,10 +55,10 @@ def main(params: Any) -> None:
             state.keep,
             counts,
         ).run()
-        if distributed.anywhere(changed()):
+        if processes.anywhere(changed()):
             state.remove()
             raise UserError(f"{DATA}: was changed while the stage ran; nothing of it is kept; run it again")
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             for name, rows in done.plots.items():
                 write_json(RESULTS / f"{name}.json", rows)
             write_json(RESULTS / "metrics.json", done.values)

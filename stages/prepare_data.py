@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm.checks import check_data
-from ddpm.runtime import root, run_stage
+from ddpm.config.checks import check_data
+from ddpm.runtime.stage import root, run_stage
 
 SECTIONS = ("dataset",)
 OUT = Path("data/prepared")
@@ -16,12 +16,12 @@ OUT = Path("data/prepared")
 
 def main(params: Any) -> None:
     # after the parameters are checked, since they load numpy, Pillow and torch
-    from ddpm.config import load_all
-    from ddpm.datasets import prepare
+    from ddpm.config.schema import load_all
+    from ddpm.data.prepare import prepare
 
     p, later = params.dataset, load_all()  # all sections, to refuse now what a later stage would
     if later.train.transforms:
-        from ddpm.transforms import Transforms
+        from ddpm.data.transforms import Transforms
 
         Transforms(later.train.transforms).probe((p.channels, p.image_size, p.image_size))
     summary = prepare(p, OUT, root() / "data/downloads", check=partial(check_data, later))

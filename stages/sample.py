@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ddpm.runtime import root, run_stage
+from ddpm.runtime.stage import root, run_stage
 
 SECTIONS = ("runtime", "sample", "tracking")
 MODEL, SAMPLES, RESULTS = Path("models/ddpm"), Path("samples/images.npy"), Path("results/sample")
@@ -16,14 +16,16 @@ def main(params: Any) -> None:
 
     import numpy as np
 
-    from ddpm import distributed, pictures, samplers
-    from ddpm.checkpoint import ResumeState, fingerprint, state_folder
-    from ddpm.device import choose_device, memory_faults, memory_format
-    from ddpm.diffusion import GaussianDiffusion
+    from ddpm import pictures
+    from ddpm.core import samplers
+    from ddpm.core.diffusion import GaussianDiffusion
     from ddpm.files import write_file
     from ddpm.film import Moments
-    from ddpm.pipeline_io import class_counts, load_model, training_run, weights_sha256
-    from ddpm.tracking import Tracker
+    from ddpm.model_folder import class_counts, load_model, training_run, weights_sha256
+    from ddpm.runtime import processes
+    from ddpm.runtime.device import choose_device, memory_faults, memory_format
+    from ddpm.runtime.resume import ResumeState, fingerprint, state_folder
+    from ddpm.runtime.tracking import Tracker
 
     p = params.sample
     unet, config = load_model(MODEL)
@@ -45,7 +47,7 @@ def main(params: Any) -> None:
         moments = Moments(steps, p.count, p.batch_size, values, state)
         images = draw(p.count, on_step=moments.watch, keep=state.keep)
         strip, film = moments.pictures(lambda count, on_step: draw(count, on_step=on_step))
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             buffer = io.BytesIO()
             np.save(buffer, images)
             write_file(SAMPLES, buffer.getbuffer())

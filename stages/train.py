@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ddpm.checks import check_data
+from ddpm.config.checks import check_data
 from ddpm.errors import UserError
-from ddpm.runtime import root, run_stage
+from ddpm.runtime.stage import root, run_stage
 
 SECTIONS = ("runtime", "model", "diffusion", "optimizer", "lr_schedule", "train", "tracking")
 DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results/train")
@@ -13,18 +13,18 @@ DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results
 
 def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
-    from ddpm import distributed
-    from ddpm.checkpoint import ResumeState, fingerprint, state_folder
-    from ddpm.config import load_all
-    from ddpm.data import load_images, load_info, load_labels, watch
-    from ddpm.device import choose_device
-    from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+    from ddpm.config.schema import load_all
+    from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
+    from ddpm.core.unet import UNet, unet_config
+    from ddpm.data.batches import load_images, load_info, load_labels, watch
+    from ddpm.data.transforms import Transforms
     from ddpm.files import write_file
-    from ddpm.pipeline_io import save_model, weights_sha256
-    from ddpm.tracking import Tracker
-    from ddpm.training import Job, train
-    from ddpm.transforms import Transforms
-    from ddpm.unet import UNet, unet_config
+    from ddpm.model_folder import save_model, weights_sha256
+    from ddpm.runtime import processes
+    from ddpm.runtime.device import choose_device
+    from ddpm.runtime.resume import ResumeState, fingerprint, state_folder
+    from ddpm.runtime.tracking import Tracker
+    from ddpm.training.loop import Job, train
 
     init = params.train.init_from
     data = load_info(DATA)
@@ -57,11 +57,11 @@ def main(params: Any) -> None:
             folder=pictures,
         )
         averaged = train(model, images, labels, job, state)
-        if distributed.anywhere(changed()):
+        if processes.anywhere(changed()):
             state.remove()
             raise UserError(f"{DATA}: was changed while the training ran; nothing of it is kept; run it again")
         tracker.finish()
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             for picture in pictures.iterdir():
                 write_file(RESULTS / "pictures" / picture.name, picture.read_bytes())
             save_model(MODEL, averaged, diffusion, provenance={"run": run, "data": data, "params": config} | start)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 # Before torch or NumPy is imported anywhere: the kernels that every x86-64 machine has
-from ddpm.runtime import REPRODUCIBLE_ENVIRONMENT
+from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
 
 os.environ.update(REPRODUCIBLE_ENVIRONMENT)
 os.environ["WANDB_MODE"] = "disabled"
@@ -16,7 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ddpm.unet import UNet, UNetConfig, initialise
+from ddpm.core.unet import UNet, UNetConfig, initialise
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the suite runs in two processes

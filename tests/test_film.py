@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import samplers
-from ddpm.checkpoint import ResumeState
-from ddpm.config import check
-from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.config.schema import check
+from ddpm.core import samplers
+from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.film import FILM_MOMENTS, STRIP_COLUMNS, Moments
+from ddpm.runtime.resume import ResumeState
 from tests.conftest import composed, small_unet
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddpm.config import Params
+from ddpm.config.schema import Params
 from tests.conftest import ROOT
 from tools.deps import closure
 from tools.params import composed

@@ -8,8 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from ddpm.data.folders import read_folder
 from ddpm.errors import UserError
-from ddpm.folders import read_folder
 
 TEST_FRACTION = 0.1  # as in conf/dataset/folder.yaml
 

@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ddpm.checkpoint import adopt, discard, in_use, stage_of, states
 from ddpm.errors import UserError
-from ddpm.runtime import root
+from ddpm.runtime.resume import adopt, discard, in_use, stage_of, states
+from ddpm.runtime.stage import root
 
 
 def size(folder: Path) -> int:

@@ -40,8 +40,8 @@ def outputs(clone: Clone) -> dict[str, str]:
 def test_the_library_is_imported_from_anywhere(installed: Clone, tmp_path: Path) -> None:
     elsewhere = Clone(tmp_path)
     elsewhere.env = installed.env
-    found = elsewhere.run("python", "-c", "import ddpm.unet; print(ddpm.unet.__file__)").stdout
-    assert Path(found.strip()) == installed.folder / "ddpm/unet.py"
+    found = elsewhere.run("python", "-c", "import ddpm.core.unet; print(ddpm.core.unet.__file__)").stdout
+    assert Path(found.strip()) == installed.folder / "ddpm/core/unet.py"
 
 
 def test_only_the_library_is_installed(installed: Clone, tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ VERIFIED = {
         INSTALLED, before=three_trials, after=three_curves
     ),
     "dvc checkout": Verified(before=without_samples, after=with_samples),
-    "cp -r /path/to/pictures data/raw": Verified(before=pictures),
+    "cp -r /path/to/pictures data/raw": Verified(before=pictures, slow=True),  # test_own_images.py has it, too
     'dvc add data/raw && git add data/raw.dvc && git commit -m "My images"': Verified(),
     "dvc exp run -S dataset=folder -S +experiment=short": Verified(TINY, after=made_from_images),
     "dvc exp run -S '~optimizer' -S '+optimizer={_target_: torch.optim.RMSprop, lr: 1e-3, alpha: 0.9}'": Verified(

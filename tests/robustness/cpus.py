@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ddpm.runtime import SPINS
+from ddpm.runtime.stage import SPINS
 from tests.robustness.scratch import clone, environment
 
 OVERRIDES = (
@@ -66,14 +66,14 @@ def probe(*more: str, digits: bool = True) -> dict[str, str]:
         more: further overrides of the parameters.
         digits: the metrics with all their digits, too.
     """
-    from ddpm.runtime import REPRODUCIBLE_ENVIRONMENT
+    from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
 
     os.environ.update(REPRODUCIBLE_ENVIRONMENT)  # before torch is loaded
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from ddpm import report
-    from ddpm.config import load_params
+    from ddpm.config.schema import load_params
+    from ddpm.evaluation import card
     from stages import evaluate, prepare_data, sample, train
 
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base=None):
@@ -88,7 +88,7 @@ def probe(*more: str, digits: bool = True) -> dict[str, str]:
     } | {"gradients at 32 pixels": gradients_at_32_pixels()}
     if not digits:
         return found
-    report.DIGITS = 17
+    card.DIGITS = 17
     evaluate.main(load_params(evaluate.SECTIONS))
     for name in ("metrics", "loss_by_timestep", "bound_by_timestep", "fd_by_nfe"):
         content = json.loads((here / f"results/evaluate/{name}.json").read_text())

@@ -33,17 +33,17 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ddpm import samplers
-from ddpm.checkpoint import ResumeState
-from ddpm.config import Dataset, check, load_params
-from ddpm.data import batches, load_images, load_info, load_labels
-from ddpm.datasets import prepare
-from ddpm.decode import decode_file
-from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.config.schema import Dataset, check, load_params
+from ddpm.config.targets import TRANSFORM, allowed_names, argument_names
+from ddpm.core import samplers
+from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.data.batches import batches, load_images, load_info, load_labels
+from ddpm.data.decode import decode_file
+from ddpm.data.prepare import prepare
+from ddpm.data.transforms import TOLERANCE, Transforms
 from ddpm.errors import UserError
-from ddpm.pipeline_io import load_model, save_model, training_run
-from ddpm.targets import TRANSFORM, allowed_names, argument_names
-from ddpm.transforms import TOLERANCE, Transforms
+from ddpm.model_folder import load_model, save_model, training_run
+from ddpm.runtime.resume import ResumeState
 from tests.conftest import composed, small_unet
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "PNG", "txt", "png.exe", "")
@@ -339,8 +339,8 @@ def image_folders(case: dict[str, Any]) -> str:
                 continue
         dataset = Dataset(**params()["dataset"] | case["dataset"] | {"name": "folder", "path": str(folder / "data")})
         with (
-            patch("ddpm.folders.in_parallel", one_by_one),
-            patch("ddpm.datasets.in_parallel", one_by_one),
+            patch("ddpm.data.folders.in_parallel", one_by_one),
+            patch("ddpm.data.prepare.in_parallel", one_by_one),
             redirect_stdout(io.StringIO()),
             warnings.catch_warnings(),
         ):
@@ -381,7 +381,7 @@ def folder_layouts(case: dict[str, Any]) -> str:
             with redirect_stdout(printed):
                 prepare(dataset, folder / "prepared", folder)
 
-        with patch("ddpm.folders.in_parallel", one_by_one), patch("ddpm.datasets.in_parallel", one_by_one):
+        with patch("ddpm.data.folders.in_parallel", one_by_one), patch("ddpm.data.prepare.in_parallel", one_by_one):
             result = outcome(read)
         if result == "result":
             where_they_went(folder / "prepared", places, dataset, printed.getvalue())

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import distances, samplers
-from ddpm.config import NfeCurve, Sample, check
-from ddpm.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.config.schema import NfeCurve, Sample, check
+from ddpm.core import samplers
+from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
-from ddpm.pipeline_io import save_model
+from ddpm.evaluation import distances
+from ddpm.model_folder import save_model
 from stages import evaluate
 from tests.conftest import composed, small_unet
 

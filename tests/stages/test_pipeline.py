@@ -18,12 +18,12 @@ import wandb
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ddpm.checkpoint import ResumeState
-from ddpm.config import check, load_params
+from ddpm.config.schema import check, load_params
 from ddpm.errors import UserError
+from ddpm.runtime.resume import ResumeState
 from stages import evaluate, prepare_data, sample, train
 from tests.conftest import ROOT, composed
-from tests.test_tracking import records, values
+from tests.runtime.test_tracking import records, values
 
 pytestmark = pytest.mark.process
 
@@ -269,7 +269,7 @@ def test_a_full_disk_is_an_error_of_the_system(inside):
 
 LIMITED = """
 import contextlib, io, json, os, resource, sys
-from ddpm.runtime import run_stage
+from ddpm.runtime.stage import run_stage
 from stages import evaluate, prepare_data, sample, train
 
 def told(stage):

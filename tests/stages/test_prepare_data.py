@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ddpm.config import Dataset
+from ddpm.config.schema import Dataset
 from stages import prepare_data
 from tests.conftest import ROOT, composed
 

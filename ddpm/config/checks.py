@@ -1,0 +1,120 @@
+"""Faults of single settings that show only beside other things: the length of the training, files, the prepared data.
+
+Every stage checks all of params.yaml, and prepare_data all that the data decides, so that a setting of a later stage is
+refused by the first stage and not after hours of training. Imports neither torch nor numpy (see ddpm/config/schema.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm.config.costs import evaluation_faults
+from ddpm.config.targets import near, shown
+from ddpm.errors import UserError, legible
+
+if TYPE_CHECKING:
+    from ddpm.config.schema import Params
+
+MODEL = Path("models/ddpm")  # which dvc removes before each training
+Faults = Iterator[tuple[str, str]]  # the path of a setting, and what is wrong with its value
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Optimizer steps per pass over the training images.
+
+    What fills no batch is dropped. Where a batch takes more than all images, it is one step: see `ddpm.data.batches`.
+    """
+    return max(1, images // batch_size)
+
+
+# Without data: what each stage checks
+
+
+def _length(params: "Params") -> Faults:
+    steps = params.train.steps
+    if steps is not None and params.train.warmup_steps > steps:
+        yield "train.warmup_steps", f"longer than the training, train.steps = {steps}; a tenth of it is usual"
+
+
+def _processes(params: "Params") -> Faults:
+    p, processes = params.train, params.runtime.processes or 1
+    if p.batch_size % (p.accumulation * processes):
+        several = f" x runtime.processes = {processes}" if processes > 1 else ""
+        yield "train.batch_size", f"must be a multiple of train.accumulation = {p.accumulation}{several}"
+
+
+def _files(params: "Params") -> Faults:
+    weights, init = params.evaluate.inception_weights, params.train.init_from
+    if params.evaluate.features == "inception" and weights is not None and not Path(weights).is_file():
+        yield (
+            "evaluate.inception_weights",
+            "there is no such file; give weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases, null "
+            "to download it, or use evaluate=pixels",
+        )
+    if init is None:
+        return
+    if Path(init).resolve() == MODEL.resolve():
+        yield "train.init_from", "is removed before each training; start from a copy"
+    elif not any(Path(init, name).is_file() for name in ("unet/config.json", "config.json")):
+        what = "is no model folder: holds no unet/config.json" if Path(init).is_dir() else "there is no such folder"
+        yield "train.init_from", f"{what}; give a copy of models/ddpm, or a folder that diffusers has saved"
+
+
+def setting_faults(params: "Params") -> list[str]:
+    """What is wrong with the settings whatever the data, one line a fault."""
+    return [line for check in (_length, _processes, _files) for line in _lines(check(params), params)]
+
+
+# With data: what prepare_data checks before it replaces the old data, and train before it starts
+
+
+def _warmup(params: "Params", info: Mapping[str, Any]) -> Faults:
+    p = params.train
+    if p.epochs is None:
+        return
+    per_epoch = steps_per_epoch(info["counts"]["train"], p.batch_size)
+    if p.warmup_steps > p.epochs * per_epoch:
+        yield (
+            "train.warmup_steps",
+            f"longer than the training: train.epochs = {p.epochs} of {per_epoch} steps each; a tenth of it is usual",
+        )
+
+
+def _classes(params: "Params", info: Mapping[str, Any]) -> Faults:
+    names, wanted = info["classes"], params.sample.classes
+    if not params.model.class_conditional:
+        return
+    if not names:
+        yield (
+            "model.class_conditional",
+            "the data has no classes; put the images of each class into a sub-folder of dataset.path, or set it to "
+            "false",
+        )
+    for name in () if wanted is None or not names else map(str, wanted):
+        if name not in names:
+            known = ", ".join(map(legible, names[:50])) + (", ..." if len(names) > 50 else "")
+            yield "sample.classes", f"{shown(name)} is no class of the data{legible(near(name, names))}; known: {known}"
+
+
+def _costs(params: "Params", info: Mapping[str, Any]) -> Faults:
+    return evaluation_faults(params, info["shape"], info["counts"])
+
+
+CHECKS: list[Callable[["Params", Mapping[str, Any]], Faults]] = [_warmup, _classes, _costs]
+
+
+def check_data(params: "Params", info: Mapping[str, Any]) -> None:
+    """Check the settings of all stages beside the data: `info` is the content of dataset.json.
+
+    Raises:
+        UserError: one line a fault.
+    """
+    lines = [line for check in CHECKS for line in _lines(check(params, info), params)]
+    if lines:
+        raise UserError("\n".join(f"params.yaml: {line}" for line in lines))
+
+
+def _lines(faults: Faults, params: "Params") -> Iterator[str]:
+    for path, message in faults:
+        section, _, name = path.partition(".")
+        yield f"{path} = {shown(getattr(getattr(params, section), name))}: {message}"

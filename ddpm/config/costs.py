@@ -1,0 +1,104 @@
+"""What an evaluation costs, from counts alone: what cannot end is refused before a training and not after it.
+
+Imports neither torch nor NumPy, as ddpm/config/schema.py.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddpm.config.schema import Params
+
+CPU_RATE, GPU_RATE = 1e10, 5e11  # float64 operations per second: of a CPU thread, of a GPU; low, to be safe
+MOST_HOURS = 12
+INCEPTION_FEATURES = 2048
+BASE_MEMORY = 2 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/distances.py
+KID_SUBSETS = 100
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An estimate, right to a factor of about two: float64 operations, and bytes of memory at the most."""
+
+    operations: float
+    memory: float
+
+
+def evaluation_cost(params: "Params", shape: Sequence[int], counts: Mapping[str, int]) -> Cost:
+    """The cost of all distances that `evaluate` computes; the routes are those of ddpm/evaluation/distances.py.
+
+    Args:
+        shape: of an image, (H, W, C).
+        counts: images in the splits train and test.
+    """
+    p, samples = params.evaluate, params.sample.count
+    pixels = p.features == "pixels"
+    width = prod(shape) if pixels else INCEPTION_FEATURES
+    train, test = counts["train"], counts["test"]
+    reference = {"train": train, "test": test, "all": train + test}[p.reference]
+    further = [samples] * (p.seeds - 1) + [p.nfe_samples] * sum(len(line.steps) for line in p.nfe_curve)
+    pairs = [(samples, reference), (samples, train), (samples, test), (reference // 2,) * 2, (test, train)]
+    pairs += [(count, reference) for count in further]
+    sets = [samples, train, test, reference, reference, *further]  # the reference, and its halves
+    subset = min(p.kid_subset_size, samples, reference)
+    operations = (
+        sum(2 * count * width**2 for count in sets if count > width)
+        + sum(_pair(*pair, width).operations for pair in pairs)
+        + 2 * width * min((samples + reference) ** 2, 3 * KID_SUBSETS * subset**2)
+        + 2 * width * (samples**2 + reference**2 + samples * reference)  # precision and recall
+        + 2 * width * train * (samples + test)  # nearest neighbours
+    )
+    kept = 8 * width**2 * sum(count > width for count in sets[:5])  # covariances
+    features = (train + test + 2 * reference + samples) * width * (1 if pixels else 4)
+    return Cost(operations, BASE_MEMORY + kept + features + max(_pair(*pair, width).memory for pair in pairs))
+
+
+def _pair(a: int, b: int, width: int) -> Cost:
+    """The cost of the Fréchet distance between sets of so many images, less that of their statistics."""
+    small, large = sorted((a, b))
+    size = min(small, width)
+    eigenvalues = 10 * size**3  # 4/3 size^3, at a tenth of a matrix product's speed
+    if large <= width:
+        return Cost(2 * a * b * width + 2 * size**2 * large + eigenvalues, 8 * (a * b + 3 * size**2))
+    if small <= width:
+        return Cost(2 * small * width**2 + 2 * small**2 * width + eigenvalues, 16 * small * width + 24 * size**2)
+    return Cost(60 * width**3 + eigenvalues, 40 * width**2)  # the root of a covariance takes eigenvectors
+
+
+def evaluation_faults(
+    params: "Params", shape: Sequence[int], counts: Mapping[str, int], memory: int | None = None
+) -> Iterator[tuple[str, str]]:
+    """Why an evaluation would not end on this machine: the path of a setting, and what is wrong with its value.
+
+    Args:
+        shape: of an image, (H, W, C).
+        counts: images in the splits train and test.
+        memory: bytes; None for this machine's.
+    """
+    cost = evaluation_cost(params, shape, counts)
+    available = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = params.runtime.device == "cuda" or (params.runtime.device == "auto" and Path("/dev/nvidia0").exists())
+    hours = cost.operations / (GPU_RATE if gpu else CPU_RATE * (params.runtime.threads or os.cpu_count() or 1)) / 3600
+    p = params.evaluate
+    reasons = []
+    if cost.memory > available:
+        reasons.append(f"about {cost.memory / 2**30:,.0f} GiB of memory, and there are {available / 2**30:,.0f}")
+    if hours > MOST_HOURS:
+        reasons.append(f"about {hours:,.0f} hours, and more than {MOST_HOURS} are too many")
+    if reasons:
+        smaller = chain(
+            ["evaluate=inception", "a smaller dataset.image_size"] if p.features == "pixels" else [],
+            ["evaluate.reference=test"] if p.reference != "test" else [],
+            ["a smaller dataset.subset", "a smaller sample.count"],
+        )
+        images = "x".join(map(str, shape))
+        yield (
+            "evaluate.features",
+            f"the distances between {params.sample.count:,} samples and {sum(counts.values()):,} images of "
+            f"{images} need {'; and '.join(reasons)}; use {', or '.join(smaller)}",
+        )

@@ -1,0 +1,29 @@
+"""Which noise schedules floats can hold. Imports neither torch nor NumPy, as ddpm/config/schema.py."""
+
+import math
+from collections.abc import Iterator
+
+LEAST_NOISE = 1e-12  # of 1 - alpha_bar at the first timestep: float64 keeps four digits of it
+LEAST_SIGNAL = 1e-60  # of alpha_bar at the last timestep: float32 divides by its square root
+
+
+def schedule_faults(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> Iterator[tuple[str, str]]:
+    """What is wrong with a schedule: the name of a setting of `diffusion`, and why it is refused; never of a cosine."""
+    if schedule == "cosine":
+        return
+
+    def beta(place: float) -> float:
+        share = 1 / (1 + math.exp(6 - 12 * place)) if schedule == "sigmoid" else place
+        return beta_start + share * (beta_end - beta_start)
+
+    if beta(0) < LEAST_NOISE:
+        yield "beta_start", f"must be {LEAST_NOISE:g} or more: the first timestep adds no noise otherwise"
+
+    signal = sum(math.log1p(-beta(t / (timesteps - 1))) for t in range(timesteps))  # log alpha_bar at the end
+    if signal < math.log(LEAST_SIGNAL):
+        most = int(timesteps * math.log(LEAST_SIGNAL) / signal)
+        yield (
+            "timesteps",
+            f"with diffusion.beta_end = {beta_end:g}, alpha_bar falls to 1e{signal / math.log(10):.0f} and must stay "
+            f"above {LEAST_SIGNAL:g}; use at most {most}, a lower diffusion.beta_end, or diffusion=cosine",
+        )

@@ -1,0 +1,272 @@
+"""Prepared images as batches. Arrays are memory-mapped, so a data set may be larger than memory."""
+
+import hashlib
+import signal
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ddpm.config.checks import steps_per_epoch
+from ddpm.core.seeding import derive, generator
+from ddpm.data.transforms import Transforms
+from ddpm.errors import UserError
+from ddpm.runtime import processes
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+def load_array(path: str | Path, stage: str, dtype: str, dimensions: int) -> np.ndarray:
+    """Open an array that `stage` wrote, memory-mapped: nothing is read yet.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy raises a dozen kinds, from TokenError to OverflowError
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}; run the stage {stage} again") from None
+    if array.dtype != dtype or array.ndim != dimensions:
+        raise UserError(f"{path}: holds {array.dtype} {array.shape}, not {dtype}; run the stage {stage} again")
+    return array
+
+
+class Info(BaseModel):
+    """data/prepared/dataset.json. `shape` is that of an image, `sha256` of all pixels and labels."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    shape: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    counts: dict[str, Positive]
+    classes: list[str]
+    class_counts: list[Positive]  # training images of each class; empty where there are no classes
+    broken: int
+    sha256: str
+
+    @model_validator(mode="after")
+    def _one_count_per_class(self) -> Self:
+        if len(self.class_counts) != len(self.classes):
+            raise ValueError(f"class_counts has {len(self.class_counts)} numbers for {len(self.classes)} classes")
+        return self
+
+
+def load_info(folder: str | Path) -> dict[str, Any]:
+    """data/prepared/dataset.json, as `Info`.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
+    path = Path(folder, "dataset.json")
+    try:
+        return Info.model_validate_json(path.read_bytes()).model_dump()
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = "".join(f"{part}: " for part in fault["loc"])
+        raise UserError(
+            f"{path}: {where}{fault['msg'].removeprefix('Value error, ')}; run the stage prepare_data again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; run the stage prepare_data again") from None
+
+
+def load_images(folder: str | Path, split: str) -> np.ndarray:
+    """The prepared images of a split, memory-mapped: uint8 (N, H, W, C).
+
+    Raises:
+        UserError: the file is missing or damaged, or not the one that dataset.json tells of.
+    """
+    path, info = Path(folder, split, "images.npy"), load_info(folder)
+    images = load_array(path, "prepare_data", "uint8", 4)
+    if images.shape != (expected := (info["counts"].get(split), *info["shape"])):
+        raise UserError(f"{path}: holds {images.shape}, not {expected}; run the stage prepare_data again")
+    return images
+
+
+def load_labels(folder: str | Path, split: str) -> np.ndarray:
+    """The class of each prepared image of a split, memory-mapped: int64 (N,).
+
+    Raises:
+        UserError: the file is missing or damaged, or not the one that dataset.json tells of.
+    """
+    path, info = Path(folder, split, "labels.npy"), load_info(folder)
+    labels = load_array(path, "prepare_data", "int64", 1)
+    count, classes = info["counts"].get(split), len(info["classes"])
+    if len(labels) != count or (classes and not 0 <= labels.min() <= labels.max() < classes):
+        raise UserError(f"{path}: holds not {count} labels of {classes} classes; run the stage prepare_data again")
+    return labels
+
+
+def watch(folder: str | Path) -> Callable[[], bool]:
+    """Read all prepared data once; what is returned tells whether it was changed since.
+
+    Raises:
+        UserError: the data is not what dataset.json tells of.
+    """
+
+    def content() -> str:
+        digest = hashlib.sha256()
+        for split in load_info(folder)["counts"]:
+            digest.update(np.ascontiguousarray(load_images(folder, split)).data)
+            digest.update(np.ascontiguousarray(load_labels(folder, split)).data)
+        return digest.hexdigest()
+
+    def stamps() -> list[tuple[Path, int, int]]:
+        return [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*"))]
+
+    told, before = load_info(folder)["sha256"], stamps()
+    if content() != told:
+        raise UserError(f"{folder}: is not what its dataset.json tells of; run the stage prepare_data again")
+
+    def changed() -> bool:
+        try:
+            return stamps() != before and content() != told
+        except (UserError, OSError):
+            return True
+
+    return changed
+
+
+def as_tensor(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, C) as stored, possibly memory-mapped, to a uint8 tensor (B, C, H, W)."""
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants memory that may be written
+
+
+def told_labels(
+    model: Callable[..., Tensor], labels: np.ndarray | None, rows: slice, device: torch.device
+) -> Callable[..., Tensor]:
+    """A network as a function of x_t and t alone: where there are labels, int64 (N,), it is told those of the rows."""
+    return model if labels is None else partial(model, labels=torch.from_numpy(np.array(labels[rows])).to(device))
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
+    """Maps (passes, rows) to a batch of transformed images and its labels: which images, each in which pass over all.
+
+    A fault is returned and not raised, since torch would wrap it in the traceback of the worker that met it.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transforms: Transforms, seed: int) -> None:
+        self.images = images
+        self.labels = labels
+        self.transforms = transforms
+        self.seed = seed
+
+    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor] | UserError:
+        passes, rows = batch
+        order = np.argsort(rows)  # read in the order of the file
+        images = as_tensor(self.images[rows[order]])[torch.from_numpy(np.argsort(order))]
+        labels = torch.from_numpy(self.labels[rows])
+        if not self.transforms.nodes:
+            return images, labels
+        seeds = [derive(self.seed, "augment", int(p), int(row)) for p, row in zip(passes, rows, strict=True)]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                transformed = [self.transforms(image, seed) for image, seed in zip(images, seeds, strict=True)]
+            return self.transforms.stack(transformed, images.shape[1:]), labels
+        except UserError as fault:
+            return fault
+
+
+class _Order:
+    """This process's share of all batches from one step on: the order of a pass over all images follows from (seed,
+    pass). An epoch is one pass, or as many as one batch takes."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.steps = range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        per_epoch = steps_per_epoch(self.count, self.batch_size)
+        passes = -(-self.batch_size // self.count)  # of an epoch
+        epoch, order, numbers = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        for step in self.steps:
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                numbers = np.arange(epoch * passes, (epoch + 1) * passes)
+                order = np.concatenate(
+                    [generator(self.seed, "shuffle", int(n)).permutation(self.count) for n in numbers]
+                )
+                numbers = numbers.repeat(self.count)
+            start = step % per_epoch * self.batch_size
+            mine = processes.share(self.batch_size)
+            yield numbers[start : start + self.batch_size][mine], order[start : start + self.batch_size][mine]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def batches(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: range,
+    transforms: list[dict[str, Any]],
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """The training batches of the steps asked for: the same for a step whatever came before it.
+
+    An epoch is a permutation of the images, less the rest that fills no batch. A batch larger than that is an epoch of
+    its own: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw anew for
+    every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where there
+    are several processes, each gets its share of every batch.
+
+    Returns:
+        A generator of images (B, C, H, W), uint8, or float32 in [0, 1] where the transforms end in floats, and their
+        labels, int64 (B,). Close it where it may not be run to its end: that ends the workers.
+
+    Raises:
+        UserError: from the generator too: a transform fails, or gives something else.
+    """
+    loader = DataLoader(
+        _Batches(images, labels, Transforms(transforms), seed),
+        batch_size=None,
+        sampler=_Order(len(images), batch_size, seed, steps.start, steps.stop),
+        generator=torch.Generator(),  # else the loader would draw from the global one
+        num_workers=workers,
+        pin_memory=pin_memory,
+        # "spawn" would import torch anew in each worker; forking is safe before the first CUDA call of a child
+        multiprocessing_context="fork" if workers else None,
+    )
+    # the workers keep this mask: a Ctrl-C reaches them, too, and the training still needs them to end its step
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    items = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return _sound(items)
+
+
+def _sound(items: Iterator[Any]) -> Generator[tuple[Tensor, Tensor], None, None]:
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        del items  # which ends the workers; a traceback that holds this frame would keep them until python waits
+
+
+@contextmanager
+def worker_faults(workers: int) -> Iterator[None]:
+    """Report in one line that a worker has died, which torch raises wherever the program is at that moment.
+
+    Raises:
+        UserError: a worker has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(
+            f"params.yaml: train.workers = {workers}: {reason}; lower it, or free memory (that of /dev/shm, too). "
+            f"The last state is kept: run it again to continue"
+        ) from None

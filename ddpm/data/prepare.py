@@ -1,0 +1,332 @@
+"""The data sets, and how each becomes the prepared data: uint8 pixels and labels, split into train and test.
+
+The same images, parameters and library versions give the same bytes, on any number of cores.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, redirect_stderr
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from tarfile import TarError
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ddpm.config.schema import Dataset
+from ddpm.data.decode import Pixels, decode_file, in_parallel, to_pixels
+from ddpm.data.folders import Classes, read_folder
+from ddpm.data.splits import check_subset, hold_out, subset_indices
+from ddpm.errors import UserError, legible, listed
+
+TORCHVISION_CLASSES = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+IMAGES_A_CHUNK = 64
+BYTES_A_CHUNK = 2**22  # bounds the memory where the images are large
+NAMED_FAULTS = 20
+
+
+class Split(NamedTuple):
+    """One side of a data set, before any image is converted."""
+
+    images: Pixels | list[str]  # uint8 (N, h, w, c) of the set's own size, or N paths relative to Source.folder
+    labels: npt.NDArray[np.int64]  # (N,)
+
+
+class Source(NamedTuple):
+    """A data set: two splits, and the names of the classes."""
+
+    train: Split
+    test: Split
+    classes: list[str]  # label k is classes[k]; empty where there are none, and all labels are 0
+    folder: Path = Path()
+
+
+def prepare(
+    dataset: Dataset, out: Path, downloads: Path, check: Callable[[dict[str, Any]], None] = lambda info: None
+) -> dict[str, Any]:
+    """Make `out` anew: {train,test}/{images,labels}.npy and dataset.json, whose content is returned.
+
+    images: uint8 (N, image_size, image_size, channels); labels: int64 (N,). They are written beside `out` and
+    moved there at the end, so that a failure leaves an older `out` as it was. `downloads` keeps what torchvision
+    fetches. `check` is given the content of dataset.json before the move, and may refuse it.
+
+    Raises:
+        UserError: the source is missing, unfit or broken, one line a fault.
+        OSError: the disk is full or read-only.
+    """
+    if dataset.name == "digits":
+        source = _digits(dataset.test_fraction)
+    elif dataset.name == "folder":
+        source = _folder(Path(dataset.path), dataset.test_fraction)
+    else:
+        source = _torchvision(dataset.name, downloads)
+
+    check_subset(source.train.labels, dataset.subset)
+    shape = (dataset.image_size, dataset.image_size, dataset.channels)
+    content = hashlib.sha256()
+    with _replacing(out) as new:
+        train, test = (
+            _write_split(new / name, split, source.folder, dataset, content)
+            for name, split in (("train", source.train), ("test", source.test))
+        )
+        counts = {"train": len(train.labels), "test": len(test.labels)}
+        broken = train.broken + test.broken
+        if broken:
+            _report_broken(broken, counts, dataset)
+        class_counts = _report_classes(source.classes, train.labels, test.labels)
+        _report_copies(train, test)
+        summary = {
+            "name": dataset.name,
+            "shape": list(shape),
+            "counts": counts,
+            "classes": source.classes,
+            "class_counts": class_counts,
+            "broken": len(broken),
+            "sha256": content.hexdigest(),
+        }
+        check(summary)
+        (new / "dataset.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+# The sources
+
+
+def _digits(test_fraction: float) -> Source:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1); 0..16 as they come
+    labels = data.target.astype(np.int64)
+    place = np.argsort(np.random.default_rng(0).permutation(len(labels)))  # of each image in a random order
+    test = hold_out(place, labels, round(len(labels) * test_fraction))
+    return Source(
+        Split(pixels[~test], labels[~test]),
+        Split(pixels[test], labels[test]),
+        [str(name) for name in data.target_names],
+    )
+
+
+def _torchvision(name: str, downloads: Path) -> Source:
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    cls = getattr(datasets, TORCHVISION_CLASSES[name])
+    unpacked: list[tuple[Path, str | None]]
+    if name == "cifar10":
+        folder, origins = downloads, [cls.url.rpartition("/")[0]]
+        archives = [(cls.filename, cls.tgz_md5)]
+        parts = [*cls.train_list, *cls.test_list, [cls.meta["filename"], cls.meta["md5"]]]
+        unpacked = [(folder / cls.base_folder / file, md5) for file, md5 in parts]
+    else:
+        folder, origins = downloads / cls.__name__ / "raw", cls.mirrors
+        archives = cls.resources
+        unpacked = [((folder / file).with_suffix(""), None) for file, _ in archives]
+    # torchvision takes unpacked files that it has no checksum for, such as the half that a killed run left, and
+    # does not unpack again where only some are bad. Without them it goes back to the archives, which it checks.
+    if not all(md5 and check_integrity(path, md5) for path, md5 in unpacked):
+        for path, _ in unpacked:
+            path.unlink(missing_ok=True)
+        lacking = [(file, md5) for file, md5 in archives if not check_integrity(folder / file, md5)]
+        if lacking:
+            print(f"{name}: downloading {', '.join(file for file, _ in lacking)} into {folder}", flush=True)
+
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without a byte; a network that drops packets would wait for ever
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            train, test = (cls(downloads, train=train, download=True) for train in (True, False))
+    except (RuntimeError, OSError, EOFError, TarError, HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        lacking = [(file, md5) for file, md5 in archives if not check_integrity(folder / file, md5)] or archives
+        files = ", ".join(f"{file} (md5 {md5})" for file, md5 in lacking)
+        raise UserError(
+            f"dataset.name = {name}: cannot download {files}: {' '.join(str(error).split())}; "
+            f"fetch it by other means from {' or '.join(origins)}, put it into {folder} and run this again"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+
+    def split(part: Any) -> Split:
+        pixels = np.asarray(part.data)  # CIFAR-10: (N, 32, 32, 3); MNIST: (N, 28, 28)
+        return Split(pixels if pixels.ndim == 4 else pixels[..., None], np.asarray(part.targets, dtype=np.int64))
+
+    return Source(split(train), split(test), list(train.classes))
+
+
+def _folder(folder: Path, test_fraction: float) -> Source:
+    """A person's own images; their sub-folders, if any, are the classes."""
+    sides = read_folder(folder, test_fraction)
+    names = sorted({name for name in sides.train.values() if name is not None})
+    label = {name: k for k, name in enumerate(names)} | {None: 0}
+
+    def split(classes: Classes) -> Split:
+        files = sorted(classes, key=lambda file: (label[classes[file]], file))
+        return Split(files, np.array([label[classes[file]] for file in files], dtype=np.int64))
+
+    return Source(split(sides.train), split(sides.test), names, folder)
+
+
+# From a source to files
+
+
+def _converted(
+    images: Pixels | list[str], folder: Path, dataset: Dataset, label: str
+) -> Generator[list[Pixels | str], None, None]:
+    """Chunks of images as uint8 (size, size, channels); in the place of a broken one, what is wrong with it."""
+    size, channels = dataset.image_size, dataset.channels
+    chunk = max(1, min(IMAGES_A_CHUNK, BYTES_A_CHUNK // (size * size * channels)))
+    if isinstance(images, list):
+        paths = [str(folder / file) for file in images]
+        yield from in_parallel(
+            partial(decode_file, size=size, channels=channels, max_megapixels=dataset.max_megapixels),
+            paths,
+            chunk,
+            label,
+        )
+        return
+    fits = images.shape[1:] == (size, size, channels)
+    for start in range(0, len(images), chunk):
+        rows = images[start : start + chunk]
+        yield [row if fits else to_pixels(Image.fromarray(row.squeeze()), size, channels) for row in rows]
+
+
+class Written(NamedTuple):
+    """What became of a split."""
+
+    labels: npt.NDArray[np.int64]  # of the images that are whole
+    files: list[str]  # theirs; empty where the images are no files
+    marks: npt.NDArray[np.uint64]  # a hash of the pixels of each
+    broken: list[str]  # a line for each other file
+
+
+def _write_split(out: Path, split: Split, folder: Path, dataset: Dataset, content: Any) -> Written:
+    """Write the images and labels of a split to a new folder, and into the hash `content`."""
+    size, channels = dataset.image_size, dataset.channels
+    chosen = subset_indices(split.labels, dataset.subset)
+    images = [split.images[i] for i in chosen] if isinstance(split.images, list) else split.images[chosen]
+    out.mkdir()
+    with closing(_converted(images, folder, dataset, out.name)) as chunks:
+        faults, marks = _write_images(out / "images.npy", chunks, (size, size, channels), content)
+    labels = np.delete(split.labels[chosen], list(faults)).astype("<i8")
+    buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
+    np.save(buffer, labels)
+    (out / "labels.npy").write_bytes(buffer.getvalue())
+    content.update(labels.tobytes())
+    files = [file for i, file in enumerate(images) if i not in faults] if isinstance(images, list) else []
+    return Written(labels, files, marks, [f"{legible(images[i])}: {reason}" for i, reason in faults.items()])
+
+
+def _write_images(
+    path: Path, chunks: Iterable[list[Pixels | str]], row_shape: tuple[int, ...], content: Any
+) -> tuple[dict[int, str], npt.NDArray[np.uint64]]:
+    """Write the images that are whole to a .npy file and into the hash `content`.
+
+    Returns:
+        The faults of the others by index, and of each image that is whole a hash of its pixels, uint64 (N,).
+    """
+    faults: dict[int, str] = {}
+    marks = bytearray()
+    count = index = 0
+
+    def write_header() -> None:
+        # numpy pads the header for a growing first axis, so it has one length for every count.
+        file.seek(0)
+        shape = (count, *row_shape)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+    with path.open("wb") as file:
+        write_header()
+        for chunk in chunks:
+            for row in chunk:
+                if isinstance(row, str):
+                    faults[index] = row
+                else:
+                    pixels = row.tobytes()
+                    file.write(pixels)
+                    content.update(pixels)
+                    marks += hashlib.blake2b(pixels, digest_size=8).digest()
+                    count += 1
+                index += 1
+        write_header()
+    return faults, np.frombuffer(marks, dtype=np.uint64)
+
+
+def _report_broken(broken: list[str], counts: dict[str, int], dataset: Dataset) -> None:
+    lines = broken[:NAMED_FAULTS]
+    if len(broken) > NAMED_FAULTS:
+        lines.append(f"and {len(broken) - NAMED_FAULTS} more")
+    total = f"{len(broken)} of {len(broken) + sum(counts.values())} images in {dataset.path} are broken"
+    if dataset.on_broken == "stop":
+        raise UserError("\n".join([*lines, f"{total}: mend or remove them, or leave them out: dataset.on_broken=skip"]))
+    for name, count in counts.items():
+        if count == 0:
+            raise UserError("\n".join([*lines, f"{total}, and none is left to {name} on"]))
+    print("\n".join([*lines, f"{total} and left out"]))
+
+
+def _report_classes(names: list[str], train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> list[int]:
+    """Count the training images of each class, and print which classes have no held-out image.
+
+    Raises:
+        UserError: a class has no training image, so that the model could not draw it.
+    """
+    counts, held_out = (np.bincount(labels, minlength=len(names)).tolist() for labels in (train, test))
+    if not names:
+        return []
+    lost = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    if lost:
+        raise UserError(
+            f"no training image is left of {listed(lost)}: mend or replace the broken ones, or move "
+            f"{'these classes' if len(lost) > 1 else 'this class'} out of the data set"
+        )
+    untested = [name for name, count in zip(names, held_out, strict=True) if count == 0]
+    if untested:
+        print(f"{len(untested)} of {len(names)} classes have training images only, none held out: {listed(untested)}")
+    return counts
+
+
+def _report_copies(train: Written, test: Written) -> None:
+    """Print how many held-out files have the pixels of a training file, which flatters every comparison."""
+    if not test.files:
+        return
+    copies = np.flatnonzero(np.isin(test.marks, train.marks))
+    if len(copies):
+        twin = train.files[int(np.flatnonzero(train.marks == test.marks[copies[0]])[0])]
+        print(
+            f"{len(copies)} of {len(test.files)} held-out images have the same pixels as a training image, for example "
+            f"{legible(test.files[copies[0]])} and {legible(twin)}"
+        )
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `out` at the end, or is removed when something goes wrong before."""
+    tmp = out.with_name(f"{out.name}.tmp")
+    if tmp.exists():  # of a run that was killed
+        shutil.rmtree(tmp)
+    new, old = tmp / "new", tmp / "old"
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    except BaseException as error:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(tmp)  # a failed write does not know its file
+        raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)

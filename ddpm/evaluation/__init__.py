@@ -1,0 +1,1 @@
+"""How good samples and network are: features, distances, held-out loss, the card."""

@@ -1,0 +1,346 @@
+"""The model folder: loads in diffusers (`DDPMPipeline.from_pretrained`) and here, with no conversion and no pickle."""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ddpm.config.targets import shown
+from ddpm.core.diffusion import DiffusionConfig, Prediction
+from ddpm.core.unet import UNet, UNetConfig
+from ddpm.errors import UserError
+from ddpm.files import write_file
+
+WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
+UNET_CONFIG = Path("unet", "config.json")
+SCHEDULER_CONFIG = Path("scheduler", "scheduler_config.json")
+TRAINING = Path("training.json")  # what the model was made from
+CLASSES = Path("classes.json")  # the names of a class-conditional model's classes; diffusers has no place for them
+# diffusers' own values of the keys that a config.json may leave out; see UNet2DModel
+DEFAULTS: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "center_input_sample": False,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "add_attention": True,
+    "num_class_embeds": None,
+}
+# the keys of which this U-Net has not every choice; the first is also diffusers' default
+KNOWN: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DModel",),
+    "act_fn": ("silu", "swish"),
+    "class_embed_type": (None,),
+    "downsample_type": ("conv",),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "upsample_type": ("conv",),
+}
+BLOCKS = {  # without and with attention
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+}
+# attention's layers, as early versions of diffusers named them; it still reads these names, too
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+MOST_LAYERS = 1000  # in a level; a file that claims more is damaged
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def save_model(folder: str | Path, unet: UNet, diffusion: DiffusionConfig, provenance: dict[str, Any]) -> None:
+    """Write weights, both configurations, a model card, and what the model was made from.
+
+    Args:
+        provenance: plain values: the run's name, data, parameters.
+
+    The same model and provenance give the same bytes.
+    """
+    folder = Path(folder)
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "DDPMPipeline",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        },
+    )
+    _write_json(folder / UNET_CONFIG, _unet_to_json(unet.config))
+    _write_json(folder / SCHEDULER_CONFIG, _diffusion_to_json(diffusion))
+    if unet.config.class_names:
+        _write_json(folder / CLASSES, list(unet.config.class_names))
+    weights = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
+    write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    _write_json(folder / TRAINING, provenance)
+    write_file(folder / "README.md", _card(unet, diffusion).encode())
+
+
+def load_model(folder: str | Path) -> tuple[UNet, DiffusionConfig]:
+    """Read a model folder, ours or of diffusers: the network in evaluation mode, and its diffusion.
+
+    Raises:
+        UserError: a file is missing, damaged, or asks for what this U-Net has not; the line names it.
+    """
+    folder = Path(folder)
+    unet_path, diffusion_path = _find(folder, UNET_CONFIG), _find(folder, SCHEDULER_CONFIG)
+    unet_json, diffusion_json = _read_json(unet_path), _read_json(diffusion_path)
+    names = _read_json(folder / CLASSES, list) if (folder / CLASSES).exists() else []
+    try:
+        with torch.device("meta"):  # no memory is taken for what the file only claims
+            unet = UNet(replace(_unet_from_json(unet_json), class_names=tuple(map(str, names))))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{unet_path}: {_reason(error)}") from None
+    try:
+        diffusion = _diffusion_from_json(diffusion_json)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{diffusion_path}: {_reason(error)}") from None
+    weights_path = _weights_path(folder)
+    try:
+        weights = {_new_name(name): value.float() for name, value in load_file(weights_path).items()}
+        unet.load_state_dict(weights, assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{weights_path}: {' '.join(str(error).split())[:300]}") from None
+    return unet.eval().requires_grad_(False), diffusion
+
+
+def load_weights(folder: str | Path, config: UNetConfig, prediction: Prediction) -> dict[str, Tensor]:
+    """The weights of a model folder, to start the training of a network of this configuration.
+
+    A folder whose network predicts something else can be started from, with a warning.
+
+    Raises:
+        UserError: as for `load_model`, or the folder's network is another one, dropout apart; the line names the
+            first field that differs. (Class names that the folder does not tell are no difference.)
+    """
+    try:
+        unet, diffusion = load_model(folder)
+    except UserError as error:
+        raise UserError(f"params.yaml: train.init_from: {error}") from None
+    for field in fields(UNetConfig):
+        there, here = getattr(unet.config, field.name), getattr(config, field.name)
+        if there != here and field.name != "dropout" and not (field.name == "class_names" and there == ()):
+            raise UserError(
+                f"params.yaml: train.init_from = {folder}: its network has {field.name} = {there}, and the one that "
+                f"`model` and the data ask for {here}"
+            )
+    if diffusion.prediction != prediction:
+        print(
+            f"warning: {folder} predicts {diffusion.prediction}; with diffusion.prediction = {prediction} the network "
+            f"has to learn its output anew",
+            file=sys.stderr,
+        )
+    return unet.state_dict()
+
+
+def training_run(folder: str | Path) -> str:
+    """The name of the run that made the model, by which the other stages record into the same.
+
+    Raises:
+        UserError: the folder does not tell.
+    """
+    path = Path(folder, TRAINING)
+    run = _read_json(path).get("run")
+    if not isinstance(run, str):
+        raise UserError(f"{path}: has no 'run'; run the stage train again")
+    return run
+
+
+def class_counts(folder: str | Path) -> tuple[int, ...]:
+    """How many training images of each class the data of the model had; empty where the folder does not tell."""
+    data = _read_json(Path(folder, TRAINING)).get("data")
+    counts = data.get("class_counts") if isinstance(data, dict) else None
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        return ()
+    return tuple(counts)
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """What identifies the weights of a model folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    with _weights_path(Path(folder)).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find(folder: Path, path: Path) -> Path:
+    """The file in its part's folder, or in the folder itself, where the first models for diffusers have it."""
+    flat = folder / path.name
+    return flat if flat.is_file() and not (folder / path).exists() else folder / path
+
+
+def _weights_path(folder: Path) -> Path:
+    path = _find(folder, WEIGHTS)
+    if path.is_file():
+        return path
+    pickled = _find(folder, WEIGHTS.with_suffix(".bin"))
+    if pickled.exists():
+        raise UserError(
+            f"{pickled}: is a pickle, which could run any code and is never loaded; save it as safetensors "
+            f"(save_pretrained of diffusers does)"
+        )
+    raise UserError(f"{path}: not found; this is no model folder, or train was not run")
+
+
+def _new_name(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _card(unet: UNet, diffusion: DiffusionConfig) -> str:
+    config = unet.config
+    use = """from diffusers import DDPMPipeline
+
+images = DDPMPipeline.from_pretrained("models/ddpm")(batch_size=4).images"""
+    if config.classes:  # diffusers has no pipeline that draws from such a U-Net
+        use = """from diffusers import UNet2DModel
+
+unet = UNet2DModel.from_pretrained("models/ddpm/unet")
+output = unet(x_t, t, class_labels=labels).sample"""
+    names = f"\nClasses, from 0 up: {', '.join(config.class_names)}.\n" if config.class_names else ""
+    if config.no_label is not None:
+        names += f"Label {config.no_label} stands for no label, for guidance.\n"
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [ddpm, unconditional-image-generation]
+---
+
+# DDPM, {config.sample_size}x{config.sample_size}, {config.in_channels} channels
+
+A denoising diffusion model (Ho et al. 2020): {sum(p.numel() for p in unet.parameters()):,} parameters,
+{diffusion.timesteps} timesteps, {diffusion.schedule} schedule, {diffusion.prediction} prediction.
+The weights are the exponential moving average of the training. Data and parameters: `{TRAINING}`.
+{names}
+```python
+{use}
+```
+"""
+
+
+def _reason(error: Exception) -> str:
+    return f"has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _write_json(path: Path, value: dict[str, Any] | list[str]) -> None:
+    write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _read_json(path: Path, kind: type = dict) -> Any:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; this is no model folder, or train was not run") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: is no JSON {'object' if kind is dict else 'array'}")
+    return value
+
+
+def _unet_to_json(config: UNetConfig) -> dict[str, Any]:
+    values = asdict(config)
+    del values["class_names"]
+    down, up = values.pop("attention"), values.pop("up_attention")
+    return values | {
+        "_class_name": "UNet2DModel",
+        "act_fn": "silu",
+        "down_block_types": ["AttnDownBlock2D" if flag else "DownBlock2D" for flag in down],
+        "up_block_types": ["AttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(up)],
+        "time_embedding_type": "positional",
+    }
+
+
+def _unet_from_json(values: dict[str, Any]) -> UNetConfig:
+    """The configuration that a config.json of diffusers describes; a key that it leaves out has diffusers' default.
+
+    Raises:
+        ValueError: it asks for what this U-Net has not, naming the key, its value and what is known.
+    """
+    values = DEFAULTS | values
+    widths, groups, size = (values[key] for key in ("block_out_channels", "norm_num_groups", "sample_size"))
+    first = widths[0] if isinstance(widths, list) and widths and isinstance(widths[0], int) else 0
+    known = KNOWN | {"attn_norm_num_groups": (None, groups), "time_embedding_dim": (None, first * 4)}
+    for key, allowed in known.items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{key} = {shown(values[key])}: known here: {', '.join(map(repr, allowed))}")
+    flags = {}
+    for key, names in BLOCKS.items():
+        blocks = values[key]
+        if not blocks or not isinstance(blocks, list) or not set(map(str, blocks)) <= set(names):
+            raise ValueError(f"{key} = {shown(blocks)}: known here: a list of {' and '.join(names)}")
+        flags[key] = [name == names[1] for name in blocks]
+    if isinstance(values["layers_per_block"], int) and values["layers_per_block"] > MOST_LAYERS:
+        raise ValueError(f"layers_per_block = {shown(values['layers_per_block'])}: at most {MOST_LAYERS}")
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        values["sample_size"] = size[0]
+    ours = {field.name: values[field.name] for field in fields(UNetConfig) if field.name in values}
+    ours |= {"attention": flags["down_block_types"], "up_attention": flags["up_block_types"][::-1]}
+    try:
+        return TypeAdapter(UNetConfig).validate_json(json.dumps(ours), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = f"{'.'.join(map(str, fault['loc']))} = {shown(fault['input'])}: " if fault["loc"] else ""
+        raise ValueError(f"{where}{fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def _diffusion_to_json(config: DiffusionConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": config.timesteps,
+        "beta_schedule": SCHEDULES[config.schedule],
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "prediction_type": PREDICTIONS[config.prediction],
+        "variance_type": "learned_range" if config.learn_variance else "fixed_small",
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": "leading",
+    }
+
+
+def _diffusion_from_json(value: dict[str, Any]) -> DiffusionConfig:
+    """The diffusion that a scheduler_config.json describes.
+
+    Raises:
+        KeyError: it lacks a key.
+        ValueError: a value is not known here, naming it.
+    """
+    schedules = {theirs: ours for ours, theirs in SCHEDULES.items()}
+    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    schedule, prediction = str(value["beta_schedule"]), str(value.get("prediction_type", "epsilon"))
+    for key, name, known in (("beta_schedule", schedule, schedules), ("prediction_type", prediction, predictions)):
+        if name not in known:
+            raise ValueError(f"{key} = {shown(name)}: known here: {', '.join(known)}")
+    steps, start, end = (value[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+    if type(steps) is not int or not 2 <= steps <= 100_000:
+        raise ValueError(f"num_train_timesteps = {shown(steps)}: must be an integer from 2 to 100000")
+    if not all(type(beta) in (int, float) and 0 < beta < 1 for beta in (start, end)):
+        raise ValueError(f"beta_start = {shown(start)}, beta_end = {shown(end)}: must be numbers between 0 and 1")
+    return DiffusionConfig(
+        timesteps=steps,
+        schedule=schedules[schedule],  # type: ignore[arg-type]
+        prediction=predictions[prediction],  # type: ignore[arg-type]
+        beta_start=start,
+        beta_end=end,
+        learn_variance=value.get("variance_type") == "learned_range",
+    )

@@ -1,0 +1,1 @@
+"""How a stage lives and dies: signals, processes, device, resume, tracking. Knows no diffusion."""

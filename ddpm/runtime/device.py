@@ -1,0 +1,106 @@
+"""The device that a stage computes on, how exact its kernels are, and which of them a training takes."""
+
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ddpm.config.schema import Runtime, Train
+from ddpm.errors import UserError
+from ddpm.runtime import processes
+
+COMPILE_FROM = 10_000  # steps: what a compiled step saves has then paid for the minute or two of compiling
+
+
+def choose_device(runtime: Runtime) -> torch.device:
+    """Join the other processes, pick the device, set torch's exactness for it, and say on the terminal what it is.
+
+    Raises:
+        UserError: `cuda` was asked for and is not there.
+    """
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("params.yaml: runtime.device = 'cuda': this machine has none; use auto or cpu")
+    processes.join(runtime)
+    if runtime.threads is not None:
+        # Kernels split their sums by the number of threads: the bytes follow from it, not from the cores there are
+        torch.set_num_threads(runtime.threads)
+    if runtime.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda")
+        if processes.size() > 1:
+            torch.cuda.set_device(processes.local_rank() % torch.cuda.device_count())
+        name = torch.cuda.get_device_name(device)
+    else:
+        device = torch.device("cpu")
+        name = f"CPU, {(threads := torch.get_num_threads())} thread{'s' * (threads > 1)}"
+    # (use_deterministic_algorithms would load the compiler, which takes more than a second)
+    torch.set_deterministic_debug_mode("error" if runtime.reproducible else "default")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # (filling costs time, and only hides a read of memory that was never written)
+    torch.backends.cudnn.benchmark = not runtime.reproducible
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not runtime.reproducible
+    several = f", one of {processes.size()} processes" if processes.size() > 1 else ""
+    print(f"device: {name}{several}; {'reproducible' if runtime.reproducible else 'fastest'} kernels", flush=True)
+    return device
+
+
+def memory_format(runtime: Runtime, device: torch.device) -> torch.memory_format:
+    """The order of an image's numbers in memory for which the device's fastest kernels are made."""
+    fastest = device.type == "cuda" and not runtime.reproducible
+    return torch.channels_last if fastest else torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a training computes with; see `choose_kernels`."""
+
+    precision: Literal["fp32", "bf16"]
+    memory_format: torch.memory_format
+    compile: bool
+
+
+def choose_kernels(train: Train, runtime: Runtime, device: torch.device, steps: int) -> Kernels:
+    """Settle what the parameters leave to `auto` for a training of so many steps, and say on the terminal what it is.
+
+    Where the bytes have to be reproducible, auto takes nothing whose result depends on the machine.
+    """
+    auto, cuda = not runtime.reproducible, device.type == "cuda"
+    precision, form, compiled = train.precision, memory_format(runtime, device), train.compile
+    if precision == "auto":
+        # not on a CPU: a network of 32 channels is several times slower in bf16 there, even where the hardware has it
+        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if auto and has_bf16 else "fp32"
+    if train.channels_last != "auto":
+        form = torch.channels_last if train.channels_last else torch.contiguous_format
+    if compiled == "auto":
+        compiled = auto and cuda and steps >= COMPILE_FROM and shutil.which("cc") is not None
+    chosen = [precision, "channels last" if form == torch.channels_last else "channels first"]
+    print(f"training in {', '.join(chosen)}, {'' if compiled else 'not '}compiled", flush=True)
+    return Kernels(precision, form, compiled)
+
+
+@contextmanager
+def memory_faults(advice: str) -> Iterator[None]:
+    """Tell that memory ran out in one line, with the settings that help.
+
+    Raises:
+        UserError: in place of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch has a class of its own for CUDA alone
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from None
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GiB: of the GPU, or on a CPU of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**10 if sys.platform == "linux" else 1  # macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,294 @@
+"""Resume state: what an interrupted stage needs to go on, kept outside the outputs that DVC deletes.
+
+A state belongs to one fingerprint of parameters, data, code and library versions, so it is never picked up by
+another run. Files are written whole or not at all, carry a checksum, and the one before is kept beside them.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm.errors import UserError
+from ddpm.files import write_file
+from ddpm.runtime import processes
+from ddpm.runtime.imports import code_of
+from ddpm.runtime.stage import lock
+
+MOST = 10  # unfinished runs kept per stage; abandoned ones would fill the disk
+ORIGIN = "origin.json"  # in the folder of a state: the code and the libraries that it was made with
+# The parts of a long loop by their names, to what an interrupted run has kept of them, else computes now, in order
+Parts = Sequence[tuple[str, Callable[[], np.ndarray]]]
+Keep = Callable[[Parts], Iterator[np.ndarray]]
+
+
+def not_kept(parts: Parts) -> Iterator[np.ndarray]:
+    """A `Keep` that keeps nothing."""
+    return (compute() for _, compute in parts)
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """`count` rows in parts of at most `size`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def fingerprint(*facts: object) -> str:
+    """A short name of a run: it follows from `facts` (JSON-like: parameters, data) and from nothing else."""
+    return _short(json.dumps(facts, sort_keys=True, default=str))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def origin(stage: str) -> dict[str, str]:
+    """What a state depends on besides its run: the version of each library and the hash of each of the stage's files,
+    by their names."""
+    versions = {"torch": torch.__version__, "Python": platform.python_version(), "machine": platform.machine()}
+    return versions | code_of(stage)
+
+
+def state_folder(parent: Path, stage: str, run: str) -> Path:
+    """Where the state of a stage's run is: one folder per run and origin."""
+    return parent / f"{stage}-{run}-{_short(json.dumps(origin(stage)))}"
+
+
+def stage_of(folder: Path) -> str:
+    """The stage that a state belongs to."""
+    return folder.name.partition("-")[0]
+
+
+def adopt(folder: Path) -> Path:
+    """Give the state of an unfinished run to today's code, in place of what that has saved of the same run.
+
+    Returns:
+        The state's new folder.
+
+    Raises:
+        UserError: there is no such state, it is today's already, or a process holds one of the two.
+    """
+    stage, run = stage_of(folder), folder.name.rpartition("-")[0].partition("-")[2]
+    new = state_folder(folder.parent, stage, run)
+    if not folder.is_dir() or folder == new:
+        what = "is the state of today's code already" if folder.is_dir() else "there is no such state"
+        raise UserError(f"{folder}: {what}; make states shows all")
+    if in_use(folder) or (new.exists() and not discard(new)):
+        raise UserError(f"{folder}: a stage is running on this state or on the one that it replaces; stop it first")
+    folder.rename(new)
+    write_file(new / ORIGIN, json.dumps(origin(stage)).encode())
+    return new
+
+
+def states(parent: Path, stage: str = "*") -> list[Path]:
+    """The folders of all unfinished runs of a stage, the one that was saved last at the end."""
+    saved = {}
+    for folder in parent.glob(f"{stage}-*"):
+        with suppress(FileNotFoundError):  # complete by now
+            saved[folder] = folder.stat().st_mtime
+    return sorted(saved, key=lambda folder: saved[folder])
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the state of an unfinished run."""
+    with suppress(FileNotFoundError), (folder / "lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def discard(folder: Path) -> bool:
+    """Delete the state of an unfinished run; False where a process holds it."""
+    with suppress(FileNotFoundError), (folder / "lock").open("a") as file:  # gone: complete by now
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        _delete(folder)
+    return True
+
+
+def _delete(folder: Path) -> None:
+    done = folder.with_suffix(".done")
+    if folder != done:
+        shutil.rmtree(done, ignore_errors=True)  # of a run that was killed here
+        folder.rename(done)  # at once: another process may be about to lock it
+    shutil.rmtree(done)
+
+
+class ResumeState:
+    """The folder of one run's state, held by one process at a time, or by several that work as one.
+
+    Use as a context manager. Of the stage's unfinished runs that no process holds, the oldest beyond `MOST` go.
+
+    Raises:
+        UserError: another process holds the folder and does not end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = (folder / "state.pt", folder / "state.previous.pt")
+        self._writer = ThreadPoolExecutor(1)
+        self._saving: list[Future[None]] = []  # one at most
+
+    def __enter__(self) -> "ResumeState":
+        if processes.rank() == 0:
+            self._hold()
+        processes.anywhere(False)  # the others read what is there once the first holds it
+        return self
+
+    def _hold(self) -> None:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = (self.folder / "lock").open("a")
+            except FileNotFoundError:  # its holder has just removed the folder, as the run is complete
+                continue
+            try:
+                lock(self._lock.fileno(), self.folder, "another process is at work on this very run")
+            except BaseException:
+                self._lock.close()
+                raise
+            if os.fstat(self._lock.fileno()).st_nlink:
+                break
+            self._lock.close()  # removed while this process waited for it
+        stage = stage_of(self.folder)
+        if not (self.folder / ORIGIN).exists():
+            self._report_other_origins(stage)
+            write_file(self.folder / ORIGIN, json.dumps(origin(stage)).encode())
+        others = [folder for folder in states(self.folder.parent, stage) if folder != self.folder]
+        for folder in others[: max(0, len(others) + 1 - MOST)]:
+            if discard(folder):
+                print(f"{folder}: removed, the oldest of more than {MOST} unfinished runs", file=sys.stderr)
+
+    def _report_other_origins(self, stage: str) -> None:
+        """Print a line where the same run has a state that other code or other libraries have made."""
+        for other in self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*"):
+            if other == self.folder or not (other / ORIGIN).exists():
+                continue
+            there, here = json.loads((other / ORIGIN).read_bytes()), origin(stage)
+            changed = sorted(name for name in there | here if there.get(name) != here.get(name))
+            print(
+                f"{other}: an unfinished run of these parameters and data, with another version of "
+                f"{', '.join(changed)}; it is kept, and this run starts over. To resume it instead, stop this run "
+                f"and type: make states ADOPT={other.name}",
+                file=sys.stderr,
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if processes.rank() == 0:
+            wait(self._saving)  # a second signal may come here: then the lock is held until the process has written
+            self._lock.close()
+            self.saved()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Copy `state` (tensors, numbers, strings, containers) now and write it beside what follows, so that a crash
+        leaves this or the one before.
+
+        Raises:
+            OSError: the save before could not be written.
+        """
+        if processes.rank():
+            return  # the first process writes the same
+        self.saved()
+        buffer = io.BytesIO()  # torch.save into a file would put the file's name into the bytes
+        torch.save(state, buffer)
+        self._saving = [self._writer.submit(self._replace, buffer)]
+
+    def saved(self) -> None:
+        """Wait until what was saved has reached the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        wait(self._saving)
+        while self._saving:
+            self._saving.pop().result()
+
+    def _replace(self, buffer: io.BytesIO) -> None:
+        current, previous = self._files
+        temporary = self._write(current, buffer.getbuffer())
+        if current.exists():
+            current.replace(previous)
+        temporary.replace(current)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state that is whole, or None. A damaged one is named on stderr and passed over."""
+        self.saved()
+        for path in self._files:
+            if (data := self._read(path)) is not None:
+                try:
+                    return dict(torch.load(data, weights_only=True, map_location="cpu"))
+                except Exception:  # of a dozen kinds. With a right checksum: not ours; torch has run nothing of it
+                    print(f"{path}: damaged, passed over", file=sys.stderr)
+        return None
+
+    def keep(self, parts: Parts) -> Iterator[np.ndarray]:
+        """A `Keep` that keeps each part in a file. Several processes share the work, and then each reads all parts."""
+        if processes.size() > 1:
+            for name, compute in parts[processes.rank() :: processes.size()]:
+                self.kept(name, compute)
+            processes.anywhere(False)  # all are done
+        for name, compute in parts:
+            yield self.kept(name, compute)
+
+    def kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array that an interrupted run kept under this name; where there is none, computed now, and kept."""
+        path = self.folder / f"{name}.npy"
+        if (data := self._read(path)) is not None:
+            try:
+                return np.lib.format.read_array(data, allow_pickle=False)
+            except Exception:
+                print(f"{path}: damaged, passed over", file=sys.stderr)
+        buffer = io.BytesIO()
+        np.save(buffer, array := compute())
+        self._write(path, buffer.getbuffer()).replace(path)
+        return array
+
+    def _write(self, path: Path, content: memoryview) -> Path:
+        """A temporary file, which has reached the disk, of the checksum and the content that `path` is to hold."""
+        temporary = path.with_suffix(".tmp")
+        self.folder.mkdir(parents=True, exist_ok=True)  # someone may have cleaned up under a running stage
+        try:
+            with temporary.open("wb") as file:
+                file.write(hashlib.sha256(content).digest())
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            temporary.unlink(missing_ok=True)  # of the little that is left of the disk it holds nothing
+            error.filename = str(temporary)  # a failed write does not know its file
+            raise
+        return temporary
+
+    def _read(self, path: Path) -> io.BytesIO | None:
+        """The content of a whole file; None where there is none. A damaged one is named on stderr."""
+        if not path.exists():
+            return None
+        data = memoryview(path.read_bytes())
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            return io.BytesIO(data[32:])
+        print(f"{path}: damaged, passed over", file=sys.stderr)
+        return None
+
+    def remove(self) -> None:
+        """Delete the folder: the run is complete and its outputs are written."""
+        processes.anywhere(False)  # nobody reads it any more
+        if processes.rank() == 0:
+            wait(self._saving)
+            self._saving.clear()  # whatever came of it: nobody needs it now
+            _delete(self.folder)

@@ -1,0 +1,68 @@
+import subprocess
+import sys
+
+import pytest
+
+from ddpm.config.costs import evaluation_cost, evaluation_faults
+from ddpm.config.schema import check
+from tests.conftest import ROOT, composed
+
+GIB = 2**30
+CPU = ("runtime.device=cpu", "runtime.threads=2")
+
+
+def faults(shape, train, test, *overrides, memory=32 * GIB):
+    params = check(composed(*CPU, *overrides))
+    return list(evaluation_faults(params, shape, {"train": train, "test": test}, memory))
+
+
+@pytest.mark.parametrize(
+    ("shape", "train", "test", "overrides"),
+    [
+        ((8, 8, 1), 1527, 270, ()),
+        ((28, 28, 1), 60_000, 10_000, ("+experiment=mnist",)),
+        ((32, 32, 3), 50_000, 10_000, ("+experiment=cifar10",)),
+        ((32, 32, 3), 4000, 1000, ()),
+        ((64, 64, 3), 4000, 1000, ()),
+        ((256, 256, 3), 400, 100, ("sample.count=500",)),
+        ((256, 256, 3), 60_000, 10_000, ("evaluate=inception",)),
+    ],
+)
+def test_what_can_be_measured_is_not_refused(shape, train, test, overrides):
+    assert faults(shape, train, test, *overrides) == []
+
+
+@pytest.mark.parametrize("reference", ["train", "all"])
+def test_distances_of_pixels_that_would_not_end_are_refused_with_what_to_use(reference):
+    [(path, message)] = faults((256, 256, 3), 60_000, 10_000, f"evaluate.reference={reference}")
+    assert path == "evaluate.features"
+    assert message.startswith("the distances between 2,000 samples and 70,000 images of 256x256x3 need about ")
+    assert "use evaluate=inception, or a smaller dataset.image_size" in message
+    assert "evaluate.reference=test" in message
+    assert "\n" not in message
+
+
+def test_too_little_memory_is_named_with_what_there_is():
+    [(_, message)] = faults((64, 64, 3), 50_000, 1000, memory=4 * GIB)
+    assert "GiB of memory, and there are 4" in message
+
+
+def test_the_estimate_grows_with_all_that_is_measured():
+    def operations(*overrides, train=5000):
+        params = check(composed(*CPU, *overrides))
+        return evaluation_cost(params, (32, 32, 3), {"train": train, "test": 1000}).operations
+
+    base = operations()
+    for overrides in (
+        ("sample.count=3000",),
+        ("evaluate.seeds=3",),
+        ("evaluate.nfe_curve=[{sampler: ddim, steps: [5, 10]}]",),
+    ):
+        assert operations(*overrides) > base
+    assert operations(train=6000) > base
+
+
+def test_the_costs_are_known_without_torch():
+    code = "import sys, ddpm.config.costs; print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,83 @@
+import json
+import math
+
+import pytest
+
+from ddpm.config.schema import check
+from ddpm.evaluation import card as cards
+from tests.conftest import composed
+
+DATA = {"name": "digits", "shape": [8, 8, 1], "sha256": "f8286"}
+VALUES = {
+    "frechet_distance": 0.04561, "frechet_distance_mean": 0.0467, "frechet_distance_std": 0.00123,
+    "frechet_distance_train": 0.0512, "frechet_distance_test": math.nan, "samples": 100_000, "seeds": 3, "nfe": 1000,
+    "reference_images": 1797,
+}  # fmt: skip
+
+
+def card(*overrides, values=VALUES, digest="none", classes=()):
+    params = check(composed(*overrides))
+    text = cards.card(values, params.evaluate, params.sample, DATA, digest, classes)
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "|---" not in line]
+    return dict(row for row in rows if len(row) == 2)
+
+
+def test_the_card_tells_what_the_distance_was_measured_with():
+    told = card("sample=ddpm", "sample.seed=7", "evaluate=inception", "dataset=cifar10", digest="672682")
+    assert told["FID"] == "0.0456"
+    assert told["Samples"] == "100000, seed 7"
+    assert told["Sampler"] == "ddpm, trailing spacing, variance fixed_small"
+    assert told["NFE"] == "1000"
+    assert told["Quantiser"] == "uint8, round to nearest"
+    assert told["Extractor"] == "inception"
+    assert told["Extractor's weights, sha256"] == "672682"
+    assert told["Reference"] == "digits, train: 1797 images of 8x8x1"
+    assert told["Data set, sha256"] == "f8286"
+
+
+@pytest.mark.parametrize(
+    ("frequencies", "words"),
+    [("equal", "each as often as the others, whatever the data"), ("data", "as often as in the training data")],
+)
+def test_the_card_of_a_class_conditional_model_has_classes_frequencies_and_guidance(frequencies, words):
+    conditional = ("model.class_conditional=true", "sample.guidance=2.5", f"sample.class_frequencies={frequencies}")
+    assert card(*conditional, classes=["cat", "dog"])["Classes"] == f"cat, dog; {words}; guidance scale 2.5"
+    assert "Classes" not in card()
+
+
+def test_a_distance_of_pixels_is_not_called_fid():
+    assert "FID" not in card()
+    assert card()["Fréchet distance"] == "0.0456"
+
+
+def test_mean_and_spread_are_told_where_several_seeds_were_asked_for():
+    assert card("evaluate.seeds=3")["Fréchet distance, 3 seeds"] == "0.0467 ± 0.0012 (mean ± standard deviation)"
+    assert not any("seeds" in name for name in card())
+
+
+def test_what_is_not_defined_for_the_data_is_said_in_the_card_and_left_out_of_the_numbers(tmp_path):
+    assert card()["Fréchet distance to train / to test"] == "0.0512 / not defined"
+    cards.write_json(tmp_path / "new/metrics.json", VALUES)
+    written = json.loads((tmp_path / "new/metrics.json").read_text())
+    assert "frechet_distance_test" not in written
+    assert written["frechet_distance"] == 0.0456
+    assert written["samples"] == 100_000
+
+
+@pytest.mark.parametrize("rows", [[], [{"nfe": 5, "frechet_distance": 1.23456}]])
+def test_rows_are_written_as_a_list(tmp_path, rows):
+    cards.write_json(tmp_path / "rows.json", rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row | {"frechet_distance": 1.2346} for row in rows]
+
+
+def test_the_bounds_part_of_a_loss_stands_beside_it_in_the_card():
+    told = card(values=VALUES | {"held_out_loss": 0.2111, "held_out_bound_loss": 0.0097})
+    assert (told["Held-out loss"], told["Held-out loss, the bound's part"]) == ("0.2111", "0.0097")
+    assert not any("bound's part" in name for name in card())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "words"), [("ddim", ", eta 0"), ("ddpm", ", variance fixed_small"), ("dpm_solver", "")]
+)
+def test_the_card_names_what_a_sampler_uses_and_nothing_else(sampler, words):
+    assert card(f"sample={sampler}")["Sampler"] == f"{sampler}, trailing spacing{words}"

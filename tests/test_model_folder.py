@@ -1,0 +1,420 @@
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import save_file
+
+from ddpm.core import samplers
+from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.errors import UserError
+from ddpm.model_folder import OLD_NAMES, load_model, load_weights, save_model, training_run, weights_sha256
+from ddpm.runtime.stage import Interrupted
+from ddpm.runtime.tracking import Tracker
+from stages import prepare_data
+from stages import train as train_stage
+from tests.conftest import small_unet
+from tests.stages.test_pipeline import run as run_stage
+from tests.training.test_loop import run as train
+from tests.training.test_loop import same
+
+CONFIG = DiffusionConfig(100, "cosine", "v")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "model", small_unet(), CONFIG, {"data": {"name": "digits"}})
+    return tmp_path / "model"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # what is renamed at the end
+    with pytest.raises(OSError, match="No space left") as fault:
+        save_model(tmp_path, small_unet(), CONFIG, {})
+    assert fault.value.errno == errno.ENOSPC  # which run_stage tells in one line
+
+
+def test_a_model_comes_back_as_it_was_saved(folder):
+    unet, diffusion = load_model(folder)
+    assert diffusion == CONFIG
+    assert not unet.training
+    expected = small_unet()
+    assert unet.config == expected.config
+    for name, value in expected.state_dict().items():
+        assert torch.equal(unet.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+def test_every_schedule_and_prediction_comes_back(tmp_path, schedule, prediction):
+    config = DiffusionConfig(50, schedule, prediction, 1e-3, 0.3)
+    save_model(tmp_path, small_unet(), config, {})
+    assert load_model(tmp_path)[1] == config
+
+
+def test_diffusers_loads_the_folder_and_predicts_the_same(folder):
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([3, 99])
+    torch.testing.assert_close(pipeline.unet(x, t).sample, small_unet()(x, t), rtol=1e-5, atol=1e-5)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=1, num_inference_steps=5, output_type="np").images
+    assert images.shape == (1, 8, 8, 1)
+    assert np.isfinite(images).all()
+
+
+def test_a_folder_of_diffusers_loads_here(folder, tmp_path):
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path / "theirs")
+    unet, diffusion = load_model(tmp_path / "theirs")
+    assert diffusion == CONFIG
+    x, t = torch.ones(1, 1, 8, 8), torch.tensor([5])
+    torch.testing.assert_close(unet(x, t), small_unet()(x, t), rtol=0, atol=0)
+
+
+# google/ddpm-cifar10-32, with a sixteenth of its channels
+CIFAR10 = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": (8, 16, 16, 16),
+    "center_input_sample": False,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def save_of_diffusers(folder, **values):
+    """A folder that diffusers itself wrote, and its network."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(**values).eval()
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    return unet
+
+
+def predictions(ours, theirs):
+    c = ours.config
+    x = torch.randn(2, c.in_channels, c.sample_size, c.sample_size, generator=torch.Generator().manual_seed(0))
+    t, labels = torch.tensor([3, 99]), torch.tensor([0, 1]) if c.num_class_embeds else None
+    with torch.no_grad():
+        return ours(x, t, labels), theirs(x, t, labels).sample
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        CIFAR10,
+        CIFAR10 | {"sample_size": (16, 16), "num_class_embeds": 2},
+        {"sample_size": 8, "block_out_channels": (32, 32, 64, 32)},  # all else is a default
+        {
+            "sample_size": 8,
+            "in_channels": 1,
+            "out_channels": 2,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D"),
+            "norm_num_groups": 16,
+            "attn_norm_num_groups": 16,
+            "add_attention": False,
+        },
+    ],
+)
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_a_network_made_by_diffusers_loads_here_and_goes_back(tmp_path, values, leave_out):
+    theirs = save_of_diffusers(tmp_path / "theirs", **values)
+    if leave_out:  # as in folders written before the key was invented
+        path = tmp_path / "theirs/unet/config.json"
+        path.write_text(json.dumps({key: v for key, v in json.loads(path.read_text()).items() if key in values}))
+    ours, diffusion = load_model(tmp_path / "theirs")
+    torch.testing.assert_close(*predictions(ours, theirs), rtol=1e-5, atol=1e-5)
+    save_model(tmp_path / "ours", ours, diffusion, {})
+    assert load_model(tmp_path / "ours")[0].config == ours.config
+    again = UNet2DModel.from_pretrained(tmp_path / "ours/unet").eval()
+    torch.testing.assert_close(*predictions(ours, again), rtol=1e-5, atol=1e-5)
+
+
+def test_an_old_folder_without_parts_and_with_the_old_names_of_attention_loads(tmp_path):
+    """As the first models of diffusers lie on the Hub."""
+    theirs = save_of_diffusers(tmp_path / "new", **CIFAR10)
+    weights = {}
+    for name, value in theirs.state_dict().items():
+        for old, new in OLD_NAMES.items():
+            name = name.replace(new, old)
+        weights[name] = value
+    (tmp_path / "old").mkdir()
+    save_file(weights, tmp_path / "old/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    for file in ("unet/config.json", "scheduler/scheduler_config.json"):
+        shutil.copy(tmp_path / "new" / file, tmp_path / "old")
+    assert "mid_block.attentions.0.proj_attn.weight" in weights
+    torch.testing.assert_close(*predictions(load_model(tmp_path / "old")[0], theirs), rtol=1e-5, atol=1e-5)
+    UNet2DModel.from_pretrained(tmp_path / "old")  # diffusers still reads it, too
+
+
+def test_diffusers_draws_the_same_images_from_the_same_noise(tmp_path, monkeypatch):
+    config = DiffusionConfig(20, "linear", "epsilon", 1e-3, 0.3)
+    unet, diffusion = small_unet(channels=3), GaussianDiffusion(config)
+    save_model(tmp_path, unet, config, {})
+    noise = samplers.ImageNoise(0, range(2), unet.config, torch.device("cpu"))
+    path = samplers.timesteps(20, 20, "leading")
+    *_, last = samplers.ddpm(unet, diffusion, noise(), path, noise, variance="fixed_small")
+
+    again = samplers.ImageNoise(0, range(2), unet.config, torch.device("cpu"))
+    for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
+        monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: again())
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, num_inference_steps=20, output_type="np").images
+    ours = (last.x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    assert 0.05 < ours.std() < 0.5  # neither grey nor all clipped
+    np.testing.assert_allclose(images, ours, rtol=0, atol=1e-4)
+
+
+def test_the_same_model_gives_the_same_bytes(folder, tmp_path):
+    save_model(tmp_path / "again", small_unet(), CONFIG, {"data": {"name": "digits"}})
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "again" / path.relative_to(folder)).read_bytes()
+
+
+def damage(folder, kind):
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    config = folder / "unet/config.json"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "other shape":
+        values = json.loads(config.read_text()) | {"block_out_channels": [8, 32]}
+        config.write_text(json.dumps(values))
+    elif kind == "missing key":
+        values = json.loads(config.read_text())
+        del values["layers_per_block"]
+        config.write_text(json.dumps(values))
+    elif kind == "no json":
+        config.write_text("{")
+    elif kind == "a list":
+        config.write_text("[]")
+    elif kind == "other schedule":
+        path = folder / "scheduler/scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_schedule": "scaled_linear"}))
+    elif kind == "no weights":
+        weights.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "other shape",
+        "missing key",
+        "no json",
+        "a list",
+        "other schedule",
+        "no weights",
+        "no folder",
+    ],
+)
+def test_a_damaged_model_folder_is_told_in_one_line_that_names_the_file(folder, kind):
+    damage(folder, kind)
+    with pytest.raises(UserError) as fault:
+        load_model(folder)
+    assert "\n" not in str(fault.value)
+    assert str(folder) in str(fault.value)
+    assert ".json" in str(fault.value) or ".safetensors" in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "_class_name = 'UNet2DConditionModel': known here: 'UNet2DModel'"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift = 'scale_shift': known here: 'default'"),
+        ({"downsample_type": "resnet"}, "downsample_type = 'resnet': known here: 'conv'"),
+        ({"upsample_type": "resnet"}, "upsample_type = 'resnet': known here: 'conv'"),
+        ({"act_fn": "gelu"}, "act_fn = 'gelu': known here: 'silu', 'swish'"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type = 'fourier': known here: 'positional'"),
+        ({"time_embedding_dim": 32}, "time_embedding_dim = 32: known here: None, 64"),
+        ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep': known here: None"),
+        ({"attn_norm_num_groups": 4}, "attn_norm_num_groups = 4: known here: None, 8"),
+        ({"mid_block_scale_factor": 1.5}, "mid_block_scale_factor = 1.5: known here: 1"),
+        ({"mid_block_type": None}, "mid_block_type = None: known here: 'UNetMidBlock2D'"),
+        ({"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "down_block_types = ['DownBlock2D', 'KDownBlock2D']: "),
+        ({"up_block_types": ["SkipUpBlock2D", "UpBlock2D"]}, "known here: a list of UpBlock2D and AttnUpBlock2D"),
+        ({"up_block_types": 3}, "up_block_types = 3: known here: a list of UpBlock2D and AttnUpBlock2D"),
+        ({"up_block_types": []}, "up_block_types = []: known here: a list of"),
+        ({"up_block_types": ["UpBlock2D"]}, "2 block_out_channels, 2 blocks down and 1 up"),
+        ({"downsample_padding": 2}, "downsample_padding = 2: only 0 and 1 are known"),
+        ({"attention_head_dim": 24}, "attention_head_dim = 24: must divide"),
+        ({"sample_size": None}, "sample_size = None: "),
+        ({"sample_size": [8, 16]}, "sample_size = [8, 16]: "),
+        ({"norm_num_groups": None}, "norm_num_groups = None: "),
+        ({"layers_per_block": "1"}, "layers_per_block = '1': "),
+        ({"block_out_channels": 16}, "block_out_channels = 16: "),
+        ({"block_out_channels": [16, True]}, "block_out_channels.1 = True: "),
+        ({"norm_eps": float("nan")}, "norm_eps = nan: must be above 0"),
+    ],
+)
+def test_what_this_network_has_not_is_told_with_the_file_the_key_the_value_and_what_is_known(folder, changes, fault):
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(UserError) as told:
+        load_model(folder)
+    assert str(told.value).startswith(f"{config}: ")
+    assert fault in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_pickled_weights_are_never_read(folder):
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save({}, weights.with_suffix(".bin"))
+    for read in (load_model, weights_sha256):
+        with pytest.raises(UserError, match=r"model\.bin: is a pickle, .* never loaded; save it as safetensors"):
+            read(folder)
+
+
+def test_the_model_folder_says_what_the_model_was_made_from(folder):
+    assert json.loads((folder / "training.json").read_text())["data"]["name"] == "digits"
+    card = (folder / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "`training.json`" in card
+
+
+def test_a_model_folder_that_does_not_name_its_run_is_told(folder):
+    save_model(folder, small_unet(), CONFIG, {"run": "0123456789abcdef"})
+    assert training_run(folder) == "0123456789abcdef"
+    (folder / "training.json").write_text("{}")
+    with pytest.raises(UserError, match=r"training\.json: has no 'run'; run the stage train again"):
+        training_run(folder)
+
+
+def test_weights_are_safetensors_that_diffusers_reads(folder):
+    UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with the network that `train` trains."""
+    save_model(tmp_path / "trained", small_unet(), CONFIG, {})
+    return tmp_path / "trained"
+
+
+def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
+    # steps that are too small to change a float: what comes back is what it started from, live and averaged
+    still = ("train.steps=2", "train.warmup_steps=0", "train.log_every=1", "optimizer.lr=1e-30")
+    model, _ = train(tmp_path, f"train.init_from={trained}", *still)
+    assert same(model, small_unet())
+    assert model.config.dropout == 0.1  # of the parameters, not of the folder
+    moved, _ = train(tmp_path, f"train.init_from={trained}", name="moved")
+    fresh, _ = train(tmp_path, name="fresh")
+    assert not same(moved, small_unet())
+    assert not same(moved, fresh)
+
+
+def test_a_resumed_training_goes_on_from_its_own_state(tmp_path, trained):
+    init = f"train.init_from={trained}"
+    whole, _ = train(tmp_path, init)
+    with pytest.raises(Interrupted):
+        train(tmp_path, init, stop_at=6, name="cut")
+    resumed, _ = train(tmp_path, init, name="cut")
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"block_out_channels": (16, 16)}, r"block_out_channels = \(16, 16\), and the one .* ask for \(16, 32\)"),
+        ({"norm_num_groups": 4}, "norm_num_groups = 4, and the one that `model` and the data ask for 8"),
+        ({"size": 16, "channels": 3}, "sample_size = 16, and .* 8"),
+    ],
+)
+def test_a_folder_of_another_network_is_told_with_the_first_field_that_differs(tmp_path, changes, fault):
+    save_model(tmp_path / "other", small_unet(**changes), CONFIG, {})
+    with pytest.raises(UserError, match=f"^params.yaml: train.init_from = .*other: its network has {fault}$"):
+        train(tmp_path, f"train.init_from={tmp_path / 'other'}")
+
+
+def test_a_missing_folder_to_start_from_is_named(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UserError, match=r"train\.init_from = '.*nowhere': there is no such folder; "):
+        train(tmp_path, f"train.init_from={nowhere}")
+    with pytest.raises(UserError, match=r"model\.safetensors: not found; this is no model folder"):
+        weights_sha256(nowhere)
+
+
+def test_the_train_stage_fine_tunes_and_tells_other_weights_of_the_same_folder_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    run_stage(prepare_data)
+    short = ("train.steps=2", "train.warmup_steps=0", "train.sample_every=0")
+    run_stage(train_stage, *short)
+    with pytest.raises(
+        UserError, match=r"train\.init_from = 'models/ddpm': is removed before each training; start from a"
+    ):
+        run_stage(train_stage, "train.init_from=models/ddpm")
+    shutil.copytree("models/ddpm", "base")
+    runs = []
+    monkeypatch.setattr(
+        "ddpm.runtime.tracking.Tracker", lambda *arguments: runs.append(arguments[3]) or Tracker(*arguments)
+    )
+    run_stage(train_stage, "train.init_from=base", *short)
+    assert json.loads((tmp_path / "models/ddpm/training.json").read_text())["init_from"] == weights_sha256("base")
+    unet, diffusion = load_model("base")
+    with torch.no_grad():
+        unet.conv_in.weight[0, 0, 0, 0] += 1
+    save_model("base", unet, diffusion, {})
+    run_stage(train_stage, "train.init_from=base", *short)
+    assert runs[0] != runs[1]
+
+
+def test_the_names_of_the_classes_are_kept_with_the_model(tmp_path):
+    unet = small_unet(class_names=("cat", "dog"), num_class_embeds=3)
+    save_model(tmp_path, unet, CONFIG, {})
+    loaded, _ = load_model(tmp_path)
+    assert loaded.config == unet.config
+    assert loaded.config.no_label == 2
+    assert "Classes, from 0 up: cat, dog." in (tmp_path / "README.md").read_text()
+    theirs = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.arange(3), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(unet(x, t, labels), theirs(x, t, class_labels=labels).sample, rtol=1e-4, atol=1e-5)
+    save_model(tmp_path / "plain", small_unet(), CONFIG, {})
+    assert not (tmp_path / "plain/classes.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '["cat"]', "3"])
+def test_class_names_that_do_not_fit_are_told_with_their_file(tmp_path, content):
+    save_model(tmp_path, small_unet(class_names=("cat", "dog"), num_class_embeds=3), CONFIG, {})
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(UserError, match=r"classes\.json|class names"):
+        load_model(tmp_path)
+
+
+def test_a_conditional_model_whose_class_names_are_unknown_can_be_started_from(tmp_path):
+    save_model(tmp_path, small_unet(num_class_embeds=2), CONFIG, {})
+    ours = small_unet(class_names=("cat", "dog"), num_class_embeds=2)
+    assert load_weights(tmp_path, ours.config, "v").keys() == ours.state_dict().keys()
+    with pytest.raises(UserError, match=r"class_names = \('cat', 'dog'\), and the one .* ask for \('dog', 'cat'\)"):
+        save_model(tmp_path, ours, CONFIG, {})
+        load_weights(tmp_path, small_unet(class_names=("dog", "cat"), num_class_embeds=2).config, "v")
+
+
+def test_starting_from_a_model_that_predicts_something_else_is_warned_of(tmp_path, capsys):
+    save_model(tmp_path, small_unet(), CONFIG, {})
+    for prediction in ("epsilon", "x0", "v"):
+        load_weights(tmp_path, small_unet().config, prediction)
+        told = capsys.readouterr().err
+        assert (told == "") == (prediction == CONFIG.prediction)
+        assert told.count("\n") <= 1

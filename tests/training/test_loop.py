@@ -1,0 +1,446 @@
+import math
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from ddpm.config.checks import steps_per_epoch
+from ddpm.config.schema import Tracking, check
+from ddpm.core import samplers
+from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.core.pixels import to_model_range
+from ddpm.core.seeding import derive
+from ddpm.core.unet import UNet, initialise
+from ddpm.data.batches import as_tensor
+from ddpm.errors import UserError
+from ddpm.runtime.resume import ResumeState
+from ddpm.runtime.stage import Interrupted
+from ddpm.runtime.tracking import Tracker
+from ddpm.training import loop
+from ddpm.training.loop import EMA, Job, make_lr_schedule, train
+from tests.conftest import composed, small_unet
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+UNCONDITIONAL: dict[str, Any] = {}
+TWO_CLASSES = {"class_names": ("dark", "bright"), "num_class_embeds": 3}
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+
+
+class Curves(Tracker):
+    """The real tracker without W&B, which also keeps what it was given; `stop_at` sends a signal after that step."""
+
+    def __init__(self, folder, stop_at=None):
+        super().__init__(str(folder), Tracking(wandb="disabled", project="test"), {}, "run", "train")
+        self.logged = {}
+        self.pictures = []
+        self.stop_at = stop_at
+
+    def log(self, step, metrics, machine=None):
+        super().log(step, metrics, machine)
+        self.logged[step] = metrics
+        if step == self.stop_at and machine is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def log_picture(self, step, name, picture, folder=None):
+        super().log_picture(step, name, picture, folder)
+        self.pictures.append(name)
+        if step and step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(
+    tmp_path,
+    *overrides,
+    images=IMAGES,
+    device="cpu",
+    stop_at=None,
+    name="run",
+    network=UNCONDITIONAL,
+    learn_variance=False,
+):
+    params = check(
+        composed(
+            "train.steps=12",
+            "train.batch_size=8",
+            "train.log_every=3",
+            "train.sample_every=0",
+            "train.warmup_steps=3",
+            *overrides,
+        )
+    )
+    config = small_unet(**{"dropout": 0.1} | network).config
+    tracker = Curves(tmp_path / name, stop_at)
+    job = Job(
+        runtime=params.runtime,
+        train=params.train,
+        optimizer=params.optimizer,
+        lr_schedule=params.lr_schedule,
+        diffusion=GaussianDiffusion(DiffusionConfig(50, "cosine", "v", learn_variance=learn_variance), device),
+        device=torch.device(device),
+        tracker=tracker,
+        folder=tmp_path / "pictures",
+    )
+    with ResumeState(tmp_path / f"state-{name}") as state:
+        model = train(UNet(config), images, np.arange(len(images)) % 2, job, state)
+    return model, tracker
+
+
+@pytest.fixture
+def previews_at_will(monkeypatch):
+    """As often as sample_every says: the images of these tests are too few for the bound."""
+    monkeypatch.setattr(loop, "epochs_per_preview", lambda sample_every, epoch, whole: sample_every)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("network", [UNCONDITIONAL, TWO_CLASSES])
+@pytest.mark.usefixtures("previews_at_will")
+def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network):
+    changes = ("train.flip=true", "train.sample_every=2")
+    whole, curves = run(tmp_path, *changes, device=device, network=network)
+    for stop_at in (3, 9, 10):  # 10: with one of the three values of the next point of the curves
+        with pytest.raises(Interrupted):
+            run(tmp_path, *changes, device=device, stop_at=stop_at, name=f"cut-{stop_at}", network=network)
+        resumed, replayed = run(tmp_path, *changes, device=device, name=f"cut-{stop_at}", network=network)
+        assert same(whole, resumed)
+        assert replayed.logged == curves.logged
+        for name in ("loss", "learning_rate", "grad_norm"):
+            file = f"plots/metrics/{name}.tsv"
+            assert (tmp_path / "run" / file).read_bytes() == (tmp_path / f"cut-{stop_at}" / file).read_bytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_parameters_train_the_same_weights_whatever_was_drawn_before(tmp_path, device):
+    torch.manual_seed(1)
+    first, _ = run(tmp_path, device=device, name="a")
+    torch.rand(7)
+    second, _ = run(tmp_path, device=device, name="b")
+    other, _ = run(tmp_path, "train.seed=1", device=device, name="c")
+    assert same(first, second)
+    assert not same(first, other)
+
+
+@pytest.mark.process
+def test_the_number_of_loader_workers_changes_nothing(tmp_path):
+    crop = "train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 2}]"
+    alone, _ = run(tmp_path, crop, name="a")
+    helped, _ = run(tmp_path, crop, "train.workers=2", name="b")
+    assert same(alone, helped)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_in_parts_trains_as_the_whole(tmp_path, device):
+    """To rounding: the parts of a sum are added in another order. Without dropout, which draws anew for each part."""
+    whole, curves = run(tmp_path, device=device, network={"dropout": 0.0}, name="a")
+    parts, others = run(tmp_path, "train.accumulation=4", device=device, network={"dropout": 0.0}, name="b")
+    for step, metrics in curves.logged.items():
+        assert others.logged[step] == pytest.approx(metrics, rel=1e-4)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_activations_that_are_computed_anew_change_nothing(tmp_path, device):
+    """Nor does dropout, which is drawn the same a second time; and less is held between the two passes."""
+    held = []
+
+    def count(tensor):
+        held[-1] += tensor.numel()
+        return tensor
+
+    models = []
+    for anew in ("false", "true"):
+        held.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            models.append(run(tmp_path, f"train.activation_checkpointing={anew}", device=device, name=anew)[0])
+    assert same(*models)
+    assert held[1] < held[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_memory_format_changes_a_training_by_rounding_alone(tmp_path, device):
+    first, _ = run(tmp_path, "train.channels_last=false", device=device, network={"dropout": 0.0}, name="a")
+    last, _ = run(tmp_path, "train.channels_last=true", device=device, network={"dropout": 0.0}, name="b")
+    assert last.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(first.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_agrees_to_rounding(tmp_path):
+    _, plain = run(tmp_path, network={"dropout": 0.0}, name="a")
+    _, compiled = run(tmp_path, "train.compile=true", network={"dropout": 0.0}, name="b")
+    for step, metrics in plain.logged.items():
+        assert compiled.logged[step] == pytest.approx(metrics, rel=1e-3)
+
+
+def test_no_memory_left_is_told_with_the_settings_that_help(tmp_path, monkeypatch):
+    def losses(*_):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(GaussianDiffusion, "losses", losses)
+    with pytest.raises(UserError, match=r"^out of memory: raise train.accumulation .*activation_checkpointing"):
+        run(tmp_path)
+
+
+def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
+    images = np.tile(IMAGES[:4], (8, 1, 1, 1))
+    _, curves = run(tmp_path, "train.steps=80", "train.log_every=10", "optimizer.lr=5e-3", images=images)
+    losses = [metrics["loss"] for metrics in curves.logged.values()]
+    assert list(curves.logged) == list(range(10, 81, 10))
+    assert losses[-1] < 0.7 * losses[0]
+    rates = [metrics["learning_rate"] for metrics in curves.logged.values()]
+    assert rates[0] > rates[-1] > 0
+    assert curves.pictures[:2] == ["inputs", "noise"]
+
+
+def brightness(model, classes, guidance=1.0):
+    """The mean pixel of 16 samples of each of these classes."""
+    diffusion = GaussianDiffusion(DiffusionConfig(50, "cosine", "v"))
+    settings = check(composed("sample.steps=10", "sample.batch_size=16", "diffusion.timesteps=50")).sample
+    settings = settings.model_copy(update={"classes": classes, "guidance": guidance})
+    return samplers.draw(model, diffusion, settings, 0, 16, torch.device("cpu")).mean()
+
+
+def test_a_class_conditional_network_draws_the_class_it_is_asked_for(tmp_path):
+    """Dark and bright images: a class gives its own, no label gives both, guidance away from no label the extreme."""
+    images = np.tile(np.array([60, 180], dtype=np.uint8).reshape(2, 1, 1, 1), (20, 8, 8, 1))  # labels alternate, too
+    images += np.random.default_rng(0).integers(0, 16, images.shape, dtype=np.uint8)
+    settings = ("train.steps=150", "optimizer.lr=5e-3", "train.log_every=50", "train.label_dropout=0.2")
+    model, _ = run(tmp_path, *settings, images=images, network=TWO_CLASSES)
+    dark, bright = brightness(model, ["dark"]), brightness(model, ["bright"])
+    assert dark == pytest.approx(68, abs=15)
+    assert bright == pytest.approx(188, abs=15)
+    assert dark < brightness(model, None) < bright  # in turn
+    assert brightness(model, ["bright"], guidance=3.0) > bright
+
+
+def test_hiding_labels_is_what_teaches_the_class_of_no_label(tmp_path):
+    untouched = run(tmp_path, "train.label_dropout=0.0", network=TWO_CLASSES, name="a")[0].class_embedding.weight
+    taught = run(tmp_path, "train.label_dropout=0.5", network=TWO_CLASSES, name="b")[0].class_embedding.weight
+    start = UNet(small_unet(**TWO_CLASSES).config)
+    initialise(start, torch.Generator().manual_seed(derive(0, "init")))
+    assert torch.equal(untouched[2], start.class_embedding.weight[2])
+    assert not torch.equal(taught[2], start.class_embedding.weight[2])
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 20))])
+def test_four_images_are_learnt_in_fifty_steps_on_every_seed(seed):
+    diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
+    unet = UNet(small_unet(block_out_channels=(32, 64)).config)
+    initialise(unet, torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.Adam(unet.parameters(), lr=5e-4)
+    torch.manual_seed(seed)
+    x0 = to_model_range(as_tensor(np.rint(load_digits().images[:4, ..., None] * 255 / 16).astype(np.uint8)))
+    for _ in range(50):
+        t, noise = torch.randint(0, 1000, (4,)), torch.randn_like(x0)
+        optimizer.zero_grad()
+        diffusion.losses(unet, x0, t, noise).objective.mean().backward()
+        optimizer.step()
+    # measured at all noise levels and not at four, so that the result is no matter of luck
+    x0, t = x0.repeat(64, 1, 1, 1), torch.arange(256) * 1000 // 256
+    with torch.no_grad():
+        assert diffusion.losses(unet, x0, t, torch.randn_like(x0)).simple.mean().item() < 0.5
+
+
+def test_with_a_learned_variance_the_curve_is_the_simple_loss_with_the_bound_beside_it(tmp_path):
+    _, plain = run(tmp_path, "train.steps=3", name="plain", network=UNCONDITIONAL | {"dropout": 0.0})
+    twice = UNCONDITIONAL | {"dropout": 0.0, "out_channels": 2}
+    _, hybrid = run(tmp_path, "train.steps=3", name="hybrid", network=twice, learn_variance=True)
+    before, after = plain.logged[3], hybrid.logged[3]
+    assert set(before) == {"loss", "grad_norm", "learning_rate"}
+    assert set(after) == {"loss", "bound_loss", "grad_norm", "learning_rate"}
+    assert 0 < after["bound_loss"] < 10
+    assert 0.3 < after["loss"] < 1.5  # that of a network which has learnt nothing; the objective is far above it
+
+
+def test_min_snr_weighs_the_objective_and_not_the_curve(tmp_path):
+    """The first step sees the same weights, so its mean squared error is the same whatever is minimised."""
+    one = ("train.steps=1", "train.warmup_steps=0", "train.log_every=1")
+    curves = [run(tmp_path, *one, f"train.weighting={kind}", name=kind)[1].logged[1]
+              for kind in ("simple", "min_snr")]  # fmt: skip
+    simple, weighted = curves
+    assert simple["loss"] == weighted["loss"]
+    assert simple["grad_norm"] != weighted["grad_norm"]
+
+
+def test_epochs_are_counted_in_whole_batches(tmp_path):
+    images = np.tile(IMAGES, (16, 1, 1, 1))  # 640, 5 batches of 128: two epochs are enough for a preview
+    length = ("train.steps=null", "train.epochs=3", "train.batch_size=128")
+    _, curves = run(tmp_path, *length, "train.sample_every=1", images=images)
+    assert max(curves.logged) == 15
+    assert curves.pictures[2:] == ["samples_epoch_00002"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "epochs"),
+    [
+        ((), 1438, 10),  # the committed run
+        (("+experiment=smoke",), 1438, 1),
+        (("+experiment=short",), 1600, 1),  # of 2,000 images
+        (("+experiment=short",), 48, 38),  # of 60: 32 images are an epoch
+        (("+experiment=cifar10",), 50_000, 10),
+        (("+experiment=folder64",), 50_000, 50),
+        (("+experiment=folder64",), 48, 400),  # a hundred thousand epochs
+        (("train.sample_every=0",), 48, 0),
+    ],
+)
+def test_previews_are_a_quarter_of_the_time_at_most_whatever_the_folder(settings, images, epochs):
+    p = check(composed(*settings)).train
+    epoch = steps_per_epoch(images, p.batch_size) * p.batch_size
+    assert loop.epochs_per_preview(p.sample_every, epoch, p.steps * p.batch_size) == epochs
+
+
+@pytest.mark.parametrize("size", [1, 5, 47])
+def test_a_folder_smaller_than_a_batch_is_trained_on(tmp_path, size, capsys):
+    """And a run that was stopped ends as one that was not."""
+    images = np.tile(IMAGES, (2, 1, 1, 1))[:size]
+    settings = ("train.batch_size=48", "train.steps=null", "train.epochs=4")
+    whole, curves = run(tmp_path, *settings, images=images)
+    assert max(curves.logged) == 4  # an epoch is one step
+    assert f"train.batch_size = 48: more than the {size} images, so each step repeats some" in capsys.readouterr().out
+    with pytest.raises(Interrupted):
+        run(tmp_path, *settings, images=images, stop_at=3, name="cut")
+    assert same(whole, run(tmp_path, *settings, images=images, name="cut")[0])
+
+
+def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, monkeypatch):
+    """ToDtype with scale, which once trained on [0, 1] as if it were [-1, 1]."""
+    seen, inputs = [], []
+    original = GaussianDiffusion.losses
+    monkeypatch.setattr(
+        GaussianDiffusion, "losses", lambda self, m, x0, *rest: (seen.append(x0), original(self, m, x0, *rest))[1]
+    )
+    node = "{_target_: torchvision.transforms.v2.ToDtype, dtype: torch.float32, scale: true}"
+    for name, transforms in (("pixels", "[]"), ("floats", f"[{node}]")):
+        run(tmp_path, f"train.transforms={transforms}", "train.steps=3", name=name)
+        inputs.append((tmp_path / "pictures/inputs.png").read_bytes())
+    for pixels, floats in zip(seen[:3], seen[3:], strict=True):
+        assert floats.min() < -0.9
+        torch.testing.assert_close(pixels, floats)
+    assert inputs[0] == inputs[1]  # the picture of a batch, too
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch, flip):
+    seen = []
+    images = np.zeros((40, 8, 8, 1), dtype=np.uint8)
+    images[:, :, 0] = 255  # the left column is white
+    original = GaussianDiffusion.losses
+    monkeypatch.setattr(
+        GaussianDiffusion, "losses", lambda self, m, x0, *rest: (seen.append(x0), original(self, m, x0, *rest))[1]
+    )
+    run(tmp_path, f"train.flip={flip}", images=images)
+    left = torch.cat(seen)[:, 0, :, 0].eq(1).all(dim=1).float().mean().item()
+    assert 0.3 < left < 0.7 if flip else left == 1.0
+
+
+def test_timesteps_are_uniform_over_all_and_the_noise_is_normal_and_new_at_every_step(tmp_path, monkeypatch):
+    seen = []
+    original = GaussianDiffusion.losses
+    monkeypatch.setattr(
+        GaussianDiffusion,
+        "losses",
+        lambda self, m, x0, t, noise, *rest: (seen.append((t, noise)), original(self, m, x0, t, noise, *rest))[1],
+    )
+    run(tmp_path, "train.steps=200")
+    t, noise = torch.cat([t for t, _ in seen]), torch.stack([noise for _, noise in seen]).double()
+    counts = torch.bincount(t, minlength=50)
+    assert len(counts) == 50  # 0 ... T-1
+    assert counts.min() > 10  # 32 are expected, with a standard deviation of 6
+    moments = [float(noise.pow(k).mean()) for k in (1, 2, 4)]
+    assert moments == pytest.approx([0, 1, 3], abs=0.05)  # the fourth is 1.8 for uniform noise
+    assert len(torch.unique(noise[:, 0, 0, 0, 0])) == 200
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_precision_trains(tmp_path, device, precision):
+    _, curves = run(tmp_path, f"train.precision={precision}", device=device)
+    assert all(math.isfinite(metrics["loss"]) for metrics in curves.logged.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_every_optimizer_group_trains(tmp_path, optimizer):
+    run(tmp_path, f"optimizer={optimizer}", "train.steps=3")
+
+
+def test_a_loss_that_is_no_longer_finite_stops_at_its_step_and_keeps_the_last_good_state(tmp_path):
+    with pytest.raises(UserError, match=r"training diverged: .* at step \d+; lower optimizer.lr"):
+        run(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "train.grad_clip=null", "train.save_every=1e-9")
+    with ResumeState(tmp_path / "state-run") as state:
+        saved = state.load()
+    assert saved is not None
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_a_loss_far_above_that_of_predicting_nothing_stops_the_training(tmp_path):
+    told = r"training diverged: the mean loss of steps \d+ to \d+ is \d+\.\d, and .*; lower optimizer.lr"
+    with pytest.raises(UserError, match=told):
+        run(tmp_path, "optimizer.lr=3.0", "train.warmup_steps=0", "train.steps=200")
+
+
+def test_no_images_at_all_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"there are no training images; run the stage prepare_data again"):
+        run(tmp_path, images=IMAGES[:0])
+
+
+def test_a_value_that_torch_refuses_is_told_with_its_setting(tmp_path):
+    with pytest.raises(UserError, match=r"params.yaml: optimizer: torch.optim.SGD: Nesterov momentum requires"):
+        run(tmp_path, "optimizer=sgd", "optimizer.momentum=0.0", "optimizer.nesterov=true")
+    with pytest.raises(UserError, match=r"params.yaml: lr_schedule: torch.optim.lr_scheduler.LinearLR: "):
+        run(tmp_path, "lr_schedule=linear", "lr_schedule.start_factor=5.0")
+
+
+@pytest.mark.parametrize("choice", ["cosine", "linear", "constant"])
+def test_the_learning_rate_warms_up_to_its_peak_and_then_follows_the_schedule(choice):
+    params = check(composed(f"lr_schedule={choice}"))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = make_lr_schedule(params.lr_schedule, optimizer, warmup=4, steps=20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    expected = {
+        "cosine": [(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)],
+        "linear": [1 - i / 16 for i in range(16)],
+        "constant": [1.0] * 16,
+    }
+    assert rates[4:] == pytest.approx(expected[choice])
+
+
+@pytest.mark.usefixtures("previews_at_will")
+def test_the_average_is_what_is_previewed_and_kept_and_not_the_live_weights(tmp_path, monkeypatch):
+    seen, original = [], loop.preview
+    monkeypatch.setattr(EMA, "update", lambda self, step: None)  # so that it stays at the initial weights
+    monkeypatch.setattr(loop, "preview", lambda model, *rest: (seen.append(model), original(model, *rest))[1])
+    kept, _ = run(tmp_path, "train.sample_every=2")
+    start = UNet(kept.config)
+    initialise(start, torch.Generator().manual_seed(derive(0, "init")))
+    assert [same(start, model) for model in (*seen, kept)] == [True, True]
+
+
+def test_the_average_warms_up_and_is_never_the_live_weights():
+    model = UNet(small_unet().config)
+    ema = EMA(model, decay=0.99)
+    start = [p.clone() for p in ema.model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    ema.update(step=0)  # decay 1/10
+    for average, before, live in zip(ema.model.parameters(), start, model.parameters(), strict=True):
+        torch.testing.assert_close(average, before + 0.9)
+        assert not torch.equal(average, live)
+    ema.update(step=10_000)  # decay 0.99
+    for average, before in zip(ema.model.parameters(), start, strict=True):
+        torch.testing.assert_close(average, before + 0.901)
+    assert not ema.model.training
