@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import growth, quality, report, sampling, train_step, whole
-from ddpm.runtime.stage import SPINS
+from ddpm.runtime.stage import OPENMP_SPINS
 
 MEASUREMENTS: dict[str, ModuleType] = {
     "train_step": train_step,
@@ -50,7 +50,7 @@ def main() -> None:
     if unknown := set(arguments.names) - set(MEASUREMENTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(MEASUREMENTS)}")
     # our stages set the spins: without them, a load beside the run costs a contender several times as much
-    os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": SPINS}
+    os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": OPENMP_SPINS}
     for name in [] if arguments.render else arguments.names or MEASUREMENTS:
         print(f"{name}:", flush=True)
         start, facts = time.perf_counter(), machine()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import UserError
-from ddpm.runtime.stage import root, run_stage
+from ddpm.runtime.stage import run_stage
+from ddpm.runtime.workspace import root
 
 SECTIONS = ("runtime", "sample", "evaluate", "tracking")
 DATA, MODEL, SAMPLES = Path("data/prepared"), Path("models/ddpm"), Path("samples/images.npy")
@@ -25,7 +26,7 @@ def main(params: Any) -> None:
     from ddpm.files import write_file
     from ddpm.model_folder import class_counts, load_model, training_run, weights_sha256
     from ddpm.runtime import processes
-    from ddpm.runtime.device import choose_device, memory_faults, memory_format
+    from ddpm.runtime.device import choose_device, explain_out_of_memory, memory_format
     from ddpm.runtime.resume import ResumeState, fingerprint, state_folder
     from ddpm.runtime.tracking import Tracker
 
@@ -38,7 +39,7 @@ def main(params: Any) -> None:
     run = fingerprint(config, weights_sha256(MODEL), counts, info["sha256"], hashlib.sha256(samples.data).hexdigest())
     device = choose_device(params.runtime)
     with (
-        memory_faults("lower evaluate.batch_size or sample.batch_size"),
+        explain_out_of_memory("lower evaluate.batch_size or sample.batch_size"),
         ResumeState(state_folder(root() / ".state", "evaluate", run)) as state,
         Tracker(None, params.tracking, config, training_run(MODEL), "evaluate") as tracker,
     ):
@@ -55,7 +56,7 @@ def main(params: Any) -> None:
             state.keep,
             counts,
         ).run()
-        if processes.anywhere(changed()):
+        if processes.any_process(changed()):
             state.remove()
             raise UserError(f"{DATA}: was changed while the stage ran; nothing of it is kept; run it again")
         if processes.rank() == 0:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.config.checks import check_data
-from ddpm.runtime.stage import root, run_stage
+from ddpm.runtime.stage import run_stage
+from ddpm.runtime.workspace import root
 
 SECTIONS = ("dataset",)
 OUT = Path("data/prepared")

@@ -4,7 +4,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ddpm.runtime.stage import root, run_stage
+from ddpm.runtime.stage import run_stage
+from ddpm.runtime.workspace import root
 
 SECTIONS = ("runtime", "sample", "tracking")
 MODEL, SAMPLES, RESULTS = Path("models/ddpm"), Path("samples/images.npy"), Path("results/sample")
@@ -23,7 +24,7 @@ def main(params: Any) -> None:
     from ddpm.film import Moments
     from ddpm.model_folder import class_counts, load_model, training_run, weights_sha256
     from ddpm.runtime import processes
-    from ddpm.runtime.device import choose_device, memory_faults, memory_format
+    from ddpm.runtime.device import choose_device, explain_out_of_memory, memory_format
     from ddpm.runtime.resume import ResumeState, fingerprint, state_folder
     from ddpm.runtime.tracking import Tracker
 
@@ -39,7 +40,7 @@ def main(params: Any) -> None:
     draw = partial(samplers.draw, unet, diffusion, p, p.seed, device=device, class_counts=counts)
     print(f"{p.count} images by {p.sampler}, {steps} network evaluations each", flush=True)
     with (
-        memory_faults("lower sample.batch_size"),
+        explain_out_of_memory("lower sample.batch_size"),
         ResumeState(state_folder(root() / ".state", "sample", run)) as state,
         Tracker(None, params.tracking, {"sample": p.model_dump()}, training_run(MODEL), "sample") as tracker,
     ):

@@ -5,7 +5,8 @@ from typing import Any
 
 from ddpm.config.checks import check_data
 from ddpm.errors import UserError
-from ddpm.runtime.stage import root, run_stage
+from ddpm.runtime.stage import run_stage
+from ddpm.runtime.workspace import root
 
 SECTIONS = ("runtime", "model", "diffusion", "optimizer", "lr_schedule", "train", "tracking")
 DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results/train")
@@ -57,7 +58,7 @@ def main(params: Any) -> None:
             folder=pictures,
         )
         averaged = train(model, images, labels, job, state)
-        if processes.anywhere(changed()):
+        if processes.any_process(changed()):
             state.remove()
             raise UserError(f"{DATA}: was changed while the training ran; nothing of it is kept; run it again")
         tracker.finish()

@@ -13,7 +13,7 @@ from ddpm.core import samplers
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.model_folder import OLD_NAMES, load_model, load_weights, save_model, training_run, weights_sha256
-from ddpm.runtime.stage import Interrupted
+from ddpm.runtime.signals import Interrupted
 from ddpm.runtime.tracking import Tracker
 from stages import prepare_data
 from stages import train as train_stage

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ddpm.errors import UserError
 from ddpm.runtime.resume import adopt, discard, in_use, stage_of, states
-from ddpm.runtime.stage import root
+from ddpm.runtime.workspace import root
 
 
 def size(folder: Path) -> int:

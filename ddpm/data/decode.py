@@ -1,4 +1,4 @@
-"""Image files, found and turned into pixels, on all cores and always in the same order.
+"""Image files, found and turned into pixels.
 
 Whatever a file holds ends as 8-bit grey or RGB of one square size: turned upright by its EXIF tag,
 transparency laid over white, cropped at the centre, resized with antialiasing.
@@ -6,19 +6,10 @@ transparency laid over white, cropped at the centre, resized with antialiasing.
 
 import hashlib
 import math
-import multiprocessing
 import os
-import signal
-import threading
-import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm.data.damage import decode_jpeg, png_is_damaged, webp_has_a_hole
 from ddpm.errors import UserError, legible
-from ddpm.runtime.progress import Progress
 
 Pixels = npt.NDArray[np.uint8]
-Result = TypeVar("Result")
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # What these extensions stand for, whichever of them a file bears. Pillow's other readers stay closed to files
@@ -215,72 +204,3 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{legible(path)}: {error.strerror or error}") from None
-
-
-def in_parallel(
-    function: Callable[[str], Result], files: Sequence[str], chunk: int, label: str
-) -> Generator[list[Result], None, None]:
-    """`function` of every file in the order of `files`, in lists of `chunk` results, made on all cores.
-
-    Two chunks a process are under way at most, so memory does not grow with the number of files. Closing the
-    generator, or an exception in it, ends the processes at once. `function` must be picklable. `label` names
-    the work in its progress bar.
-
-    Raises:
-        UserError: a process was killed from outside.
-    """
-    # Relative names would be looked up in the folder that the program was started in.
-    chunks = [
-        [str(Path(file).absolute()) for file in files[start : start + chunk]] for start in range(0, len(files), chunk)
-    ]
-    workers = max(1, min(_cores(), len(chunks)))
-    # Not fork: numpy's threads are running by now, and a copy of a running thread's lock can hang a process.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    others = set(multiprocessing.active_children())
-    under_way: deque[Future[list[Result]]] = deque()
-    with (
-        Progress(len(files), label, "images") as bar,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool,
-    ):
-        try:
-            for number in range(-2 * workers, len(chunks)):
-                if number + 2 * workers < len(chunks):
-                    under_way.append(pool.submit(_apply, function, chunks[number + 2 * workers]))
-                if number < 0:
-                    continue
-                results = under_way.popleft().result()
-                yield results
-                bar.update(len(results))
-        except BrokenProcessPool:
-            raise UserError(
-                "a process that reads images was killed, most likely because memory ran out; "
-                "use fewer at once (taskset -c 0 leaves one)"
-            ) from None
-        except BaseException:  # GeneratorExit and Interrupted too: nobody waits for the chunks under way
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-            raise
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _apply(function: Callable[[str], Result], files: list[str]) -> list[Result]:
-    return [function(file) for file in files]
-
-
-def _start_worker() -> None:
-    """A worker leaves signals to its parent, which ends it, and ends with its parent however that dies."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's, on odd metadata: what matters comes back as a broken file
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm.data.decode import EXTENSIONS, digest_file, image_files, in_parallel
+from ddpm.data.decode import EXTENSIONS, digest_file, image_files
 from ddpm.data.splits import hold_out
 from ddpm.errors import UserError, legible, listed
+from ddpm.runtime.pool import in_parallel
 
 FILES_PER_CHUNK = 64
 # What the words of a folder's name say about its images

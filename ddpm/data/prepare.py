@@ -23,10 +23,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from ddpm.config.schema import Dataset
-from ddpm.data.decode import Pixels, decode_file, in_parallel, to_pixels
+from ddpm.data.decode import Pixels, decode_file, to_pixels
 from ddpm.data.folders import Classes, read_folder
 from ddpm.data.splits import check_subset, hold_out, subset_indices
 from ddpm.errors import UserError, legible, listed
+from ddpm.runtime.pool import in_parallel
 
 TORCHVISION_CLASSES = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 IMAGES_A_CHUNK = 64

@@ -1,4 +1,4 @@
-"""The device that a stage computes on, how exact its kernels are, and which of them a training takes."""
+"""Device, numerical exactness, and the kernels of a training."""
 
 import resource
 import shutil
@@ -18,14 +18,13 @@ COMPILE_FROM = 10_000  # steps: what a compiled step saves has then paid for the
 
 
 def choose_device(runtime: Runtime) -> torch.device:
-    """Join the other processes, pick the device, set torch's exactness for it, and say on the terminal what it is.
+    """Pick the device, set torch's exactness for it, and print both.
 
     Raises:
         UserError: `cuda` was asked for and is not there.
     """
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise UserError("params.yaml: runtime.device = 'cuda': this machine has none; use auto or cpu")
-    processes.join(runtime)
     if runtime.threads is not None:
         # Kernels split their sums by the number of threads: the bytes follow from it, not from the cores there are
         torch.set_num_threads(runtime.threads)
@@ -49,7 +48,7 @@ def choose_device(runtime: Runtime) -> torch.device:
 
 
 def memory_format(runtime: Runtime, device: torch.device) -> torch.memory_format:
-    """The order of an image's numbers in memory for which the device's fastest kernels are made."""
+    """The memory format that this device's fastest kernels expect."""
     fastest = device.type == "cuda" and not runtime.reproducible
     return torch.channels_last if fastest else torch.contiguous_format
 
@@ -64,7 +63,7 @@ class Kernels:
 
 
 def choose_kernels(train: Train, runtime: Runtime, device: torch.device, steps: int) -> Kernels:
-    """Settle what the parameters leave to `auto` for a training of so many steps, and say on the terminal what it is.
+    """Resolve every `auto` for a training of `steps` steps, and print the result.
 
     Where the bytes have to be reproducible, auto takes nothing whose result depends on the machine.
     """
@@ -84,8 +83,8 @@ def choose_kernels(train: Train, runtime: Runtime, device: torch.device, steps: 
 
 
 @contextmanager
-def memory_faults(advice: str) -> Iterator[None]:
-    """Tell that memory ran out in one line, with the settings that help.
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn an out-of-memory error into one line that names the settings that help.
 
     Raises:
         UserError: in place of torch's own error.

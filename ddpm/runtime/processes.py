@@ -1,40 +1,115 @@
-"""Several processes that work as one (torchrun): which of them this is, and how all of them agree.
+"""Several processes that work as one (torchrun): launch, rank, size and agreement.
 
 A stage that runs alone has size 1, and every function here then does nothing. Which process does which part of the
 work never decides a random draw, so the number of processes changes a result by rounding alone.
 """
 
+# torch is imported where it is needed: a stage checks its parameters before it loads torch
+import logging
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from ddpm.errors import UserError
+from ddpm.runtime.signals import Interrupted
 
-from ddpm.config.schema import Runtime
+if TYPE_CHECKING:
+    from torch import Tensor
 
-TIMEOUT = timedelta(hours=1)  # for a process that is behind, as the first is while it draws a preview
+    from ddpm.config.schema import Runtime
+
+TIMEOUT = timedelta(hours=1)  # rank 0 falls behind while it draws a preview
+_joined = False
 
 
-def join(runtime: Runtime) -> None:
-    """Find the other processes, where this one was started by a launcher."""
-    if runtime.launcher != "none" and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+def is_worker() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch(runtime: "Runtime") -> None:
+    """Run this stage in several processes by torchrun, and end with the exit code of the one that ended first.
+
+    A process that dies takes the others with it. Several machines find each other by torchrun's own variables, PET_*.
+
+    Raises:
+        Interrupted: a signal has stopped the run.
+        UserError: a signal has ended one of the processes.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # faults are reported below, in one line
+    count = runtime.processes or max(1, torch.cuda.device_count())
+    threads = runtime.threads or max(1, (os.cpu_count() or 1) // count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    module = sys.modules["__main__"].__spec__
+    stage = ["--module", module.name] if module else [sys.argv[0]]  # as `python -m stages.train`, or as a script
+    here = [] if "PET_NNODES" in os.environ else ["--standalone"]
+    try:
+        run(parse_args([*here, f"--nproc-per-node={count}", "--max-restarts=0", *stage]))
+    except SignalException as stop:
+        raise Interrupted(stop.sigval) from None
+    except ChildFailedError as fault:
+        codes = {rank: failure.exitcode for rank, failure in fault.failures.items()}
+        for rank, code in codes.items():
+            if code < 0:
+                raise UserError(
+                    f"process {rank} of the run was ended by {signal.Signals(-code).name}; run it again to go on"
+                ) from None
+        sys.exit(fault.get_first_failure()[1].exitcode)
+
+
+@contextmanager
+def as_worker() -> Iterator[None]:
+    """Work as one of the processes that torchrun has started. Only rank 0 prints, except errors.
+
+    Raises:
+        UserError: the connection to another process is lost.
+    """
+    silent = os.environ["RANK"] != "0"
+    if silent:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which torch does
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if silent else nullcontext():
+            join()
+            yield
+    except RuntimeError as error:  # gloo has no class of its own
+        if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
+            raise
+        raise UserError(f"process {os.environ['RANK']}: another process of the run has ended") from None
+
+
+def join() -> None:
+    """Connect to the other processes that torchrun has started."""
+    global _joined
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    _joined = True
 
 
 def rank() -> int:
-    """Which process this is. Only process 0 writes files, and talks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Which process this is. Only process 0 writes files and prints."""
+    return int(os.environ["RANK"]) if _joined else 0
 
 
 def size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ["WORLD_SIZE"]) if _joined else 1
 
 
 def local_rank() -> int:
     """Which of the processes on this machine this is, and so which GPU is its own."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
+    return int(os.environ["LOCAL_RANK"]) if _joined else 0
 
 
 def share(count: int) -> slice:
@@ -43,18 +118,28 @@ def share(count: int) -> slice:
     return slice(rank() * part, (rank() + 1) * part)
 
 
-def mean(values: Tensor) -> Tensor:
-    """The mean over all processes of a tensor that lies in the CPU's memory."""
+def mean(values: "Tensor") -> "Tensor":
+    """The mean over all processes of a tensor in the CPU's memory."""
     if size() > 1:
+        import torch.distributed as dist
+
         dist.all_reduce(values)
         values /= size()
     return values
 
 
-def anywhere(here: bool) -> bool:
-    """Whether `here` holds in any process. Each waits for all, so this is a barrier as well."""
+def any_process(here: bool) -> bool:
+    """Whether `here` holds in any process. Each waits for all."""
     if size() == 1:
         return here
+    import torch
+    import torch.distributed as dist
+
     flag = torch.tensor(float(here))
     dist.all_reduce(flag)
     return bool(flag > 0)
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    any_process(False)  # over the CPUs: torch's own barrier would need a device

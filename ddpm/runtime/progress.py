@@ -2,8 +2,10 @@
 
 import io
 import sys
+import time
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
@@ -28,3 +30,8 @@ class Progress(tqdm):
         elif self.n > self._told:
             self._told = self.n
             print(self, file=sys.stderr, flush=True)
+
+
+def seconds_since_start() -> float:
+    """How long ago this process began."""
+    return time.time() - psutil.Process().create_time()

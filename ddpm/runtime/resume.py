@@ -26,9 +26,9 @@ from ddpm.errors import UserError
 from ddpm.files import write_file
 from ddpm.runtime import processes
 from ddpm.runtime.imports import code_of
-from ddpm.runtime.stage import lock
+from ddpm.runtime.workspace import lock
 
-MOST = 10  # unfinished runs kept per stage; abandoned ones would fill the disk
+MAX_UNFINISHED_RUNS = 10  # per stage; abandoned ones would fill the disk
 ORIGIN = "origin.json"  # in the folder of a state: the code and the libraries that it was made with
 # The parts of a long loop by their names, to what an interrupted run has kept of them, else computes now, in order
 Parts = Sequence[tuple[str, Callable[[], np.ndarray]]]
@@ -133,7 +133,8 @@ def _delete(folder: Path) -> None:
 class ResumeState:
     """The folder of one run's state, held by one process at a time, or by several that work as one.
 
-    Use as a context manager. Of the stage's unfinished runs that no process holds, the oldest beyond `MOST` go.
+    Use as a context manager. Of the stage's unfinished runs that no process holds, the oldest beyond
+    `MAX_UNFINISHED_RUNS` are removed.
 
     Raises:
         UserError: another process holds the folder and does not end.
@@ -148,7 +149,7 @@ class ResumeState:
     def __enter__(self) -> "ResumeState":
         if processes.rank() == 0:
             self._hold()
-        processes.anywhere(False)  # the others read what is there once the first holds it
+        processes.barrier()  # the others read what is there once the first holds it
         return self
 
     def _hold(self) -> None:
@@ -171,9 +172,11 @@ class ResumeState:
             self._report_other_origins(stage)
             write_file(self.folder / ORIGIN, json.dumps(origin(stage)).encode())
         others = [folder for folder in states(self.folder.parent, stage) if folder != self.folder]
-        for folder in others[: max(0, len(others) + 1 - MOST)]:
+        for folder in others[: max(0, len(others) + 1 - MAX_UNFINISHED_RUNS)]:
             if discard(folder):
-                print(f"{folder}: removed, the oldest of more than {MOST} unfinished runs", file=sys.stderr)
+                print(
+                    f"{folder}: removed, the oldest of more than {MAX_UNFINISHED_RUNS} unfinished runs", file=sys.stderr
+                )
 
     def _report_other_origins(self, stage: str) -> None:
         """Print a line where the same run has a state that other code or other libraries have made."""
@@ -242,7 +245,7 @@ class ResumeState:
         if processes.size() > 1:
             for name, compute in parts[processes.rank() :: processes.size()]:
                 self.kept(name, compute)
-            processes.anywhere(False)  # all are done
+            processes.barrier()  # all are done
         for name, compute in parts:
             yield self.kept(name, compute)
 
@@ -287,7 +290,7 @@ class ResumeState:
 
     def remove(self) -> None:
         """Delete the folder: the run is complete and its outputs are written."""
-        processes.anywhere(False)  # nobody reads it any more
+        processes.barrier()  # nobody reads it any more
         if processes.rank() == 0:
             wait(self._saving)
             self._saving.clear()  # whatever came of it: nobody needs it now

@@ -20,7 +20,7 @@ from PIL import Image
 from ddpm import pictures
 from ddpm.config.schema import Tracking
 from ddpm.runtime import processes
-from ddpm.runtime.stage import root
+from ddpm.runtime.workspace import root
 
 SERVER = "https://api.wandb.ai"  # for which W&B takes a key, too, whatever its present address
 

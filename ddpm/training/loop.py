@@ -31,10 +31,10 @@ from ddpm.errors import UserError
 from ddpm.model_folder import load_weights
 from ddpm.pictures import grid
 from ddpm.runtime import processes
-from ddpm.runtime.device import Kernels, choose_kernels, memory_faults, peak_memory
-from ddpm.runtime.progress import Progress
+from ddpm.runtime.device import Kernels, choose_kernels, explain_out_of_memory, peak_memory
+from ddpm.runtime.progress import Progress, seconds_since_start
 from ddpm.runtime.resume import ResumeState
-from ddpm.runtime.stage import Interrupted, seconds_since_start, signals_deferred
+from ddpm.runtime.signals import Interrupted, signals_deferred
 from ddpm.runtime.tracking import Tracker
 
 SHOWN = 36  # images in each grid of a training
@@ -215,7 +215,13 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         pin_memory=device.type == "cuda",
     )
     bar = Progress(total * p.batch_size, "train", "img", start * p.batch_size)
-    with signals_deferred() as signals, memory_faults(MEMORY_ADVICE), worker_faults(p.workers), closing(steps), bar:
+    with (
+        signals_deferred() as signals,
+        explain_out_of_memory(MEMORY_ADVICE),
+        worker_faults(p.workers),
+        closing(steps),
+        bar,
+    ):
         began = saved_at = told_at = time.monotonic()
         cost = 0.0  # of the last save, in seconds
         busy = 0.0  # seconds inside forward, backward and step
@@ -244,10 +250,10 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
             # at the end of an epoch too, unless epochs are so short that saving would take over 1 % of the time
             wait = min(p.save_every, 100 * cost) if within == 0 else p.save_every
             late = time.monotonic() - saved_at > wait and processes.rank() == 0
-            if processes.anywhere(late or bool(signals)):
+            if processes.any_process(late or bool(signals)):
                 cost = save(done)
                 saved_at = time.monotonic()
-                if processes.anywhere(bool(signals)):
+                if processes.any_process(bool(signals)):
                     raise Interrupted(signals[0] if signals else signal.SIGTERM)
         if device.type == "cuda":
             torch.cuda.synchronize()  # what was asked for is now done

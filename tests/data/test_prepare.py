@@ -25,6 +25,7 @@ from ddpm.data import prepare as preparation
 from ddpm.data.prepare import prepare
 from ddpm.data.splits import subset_indices
 from ddpm.errors import UserError
+from ddpm.runtime import pool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -223,7 +224,7 @@ def test_the_result_is_the_same_on_any_number_of_cores(monkeypatch: pytest.Monke
     monkeypatch.setattr(preparation, "IMAGES_A_CHUNK", 7)
     results = []
     for cores in (1, 3):
-        monkeypatch.setattr(decode, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(pool, "_cores", lambda cores=cores: cores)
         run(dataset())
         results.append(content())
     assert results[0] == results[1]
@@ -403,7 +404,7 @@ def test_the_writer_reports_a_full_disk() -> None:
 
 
 def test_a_run_stopped_in_the_middle_leaves_the_old_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddpm.runtime.stage import Interrupted
+    from ddpm.runtime.signals import Interrupted
 
     run(digits(subset=15))
     before = content()

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ddpm.runtime.stage import SPINS
+from ddpm.runtime.stage import OPENMP_SPINS
 from tests.robustness.scratch import clone, environment
 
 OVERRIDES = (
@@ -103,7 +103,7 @@ def start(folder: Path, code: Path, call: str, *around: str, **variables: str) -
     python = [os.path.realpath(sys.executable), "-c"]
     script = f"import json, sys; from tests.robustness.cpus import probe; json.dump({call}, open('found', 'w'))"
     paths = {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, sys.path[1:])])}
-    env = environment(folder) | {"GOMP_SPINCOUNT": SPINS} | paths | variables
+    env = environment(folder) | {"GOMP_SPINCOUNT": OPENMP_SPINS} | paths | variables
     return subprocess.Popen([*around, *python, script], cwd=folder, env=env, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
 

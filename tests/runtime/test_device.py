@@ -4,7 +4,7 @@ import torch
 from ddpm.config.schema import Runtime, Train
 from ddpm.errors import UserError
 from ddpm.runtime import device
-from ddpm.runtime.device import Kernels, choose_device, choose_kernels, memory_faults, peak_memory
+from ddpm.runtime.device import Kernels, choose_device, choose_kernels, explain_out_of_memory, peak_memory
 from tests.conftest import composed
 
 SWITCHES = (
@@ -111,13 +111,13 @@ def test_no_memory_left_is_told_with_the_settings_that_help(error):
 
     with (
         pytest.raises(UserError, match=r"^out of memory: lower train.batch_size$"),
-        memory_faults("lower train.batch_size"),
+        explain_out_of_memory("lower train.batch_size"),
     ):
         allocate()
 
 
 def test_other_faults_are_left_alone():
-    with pytest.raises(RuntimeError, match="shapes"), memory_faults("nothing helps"):
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory("nothing helps"):
         raise RuntimeError("shapes do not fit")
 
 

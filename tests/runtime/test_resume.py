@@ -15,16 +15,14 @@ import pytest
 import torch
 
 from ddpm.errors import UserError
-from ddpm.runtime import imports, resume, stage
-from ddpm.runtime.resume import MOST, ResumeState, fingerprint, not_kept, state_folder, states
+from ddpm.runtime import imports, resume, workspace
+from ddpm.runtime.resume import MAX_UNFINISHED_RUNS, ResumeState, fingerprint, not_kept, state_folder, states
 from tests.conftest import ROOT
 
 WITHOUT_TORCH = """
 import sys, types
 sys.modules["torch"] = types.ModuleType("torch")  # slow to import, and not needed there
 sys.modules["torch"].__version__ = "1"
-alone = sys.modules["ddpm.runtime.processes"] = types.ModuleType("ddpm.runtime.processes")
-alone.rank, alone.size, alone.anywhere = lambda: 0, lambda: 1, lambda here: here
 """
 HOLDER = f"""{WITHOUT_TORCH}
 from pathlib import Path
@@ -239,7 +237,7 @@ def test_code_in_a_state_with_a_right_checksum_is_passed_over_and_not_run(state,
 
 @pytest.mark.process
 def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "PATIENCE", 0.2)
+    monkeypatch.setattr(workspace, "PATIENCE", 0.2)
     folder = tmp_path / "state"
     with python("-c", HOLDER, folder, stdin=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -266,7 +264,7 @@ def test_a_process_waits_for_one_that_was_told_to_stop_and_holds_what_others_see
         with ResumeState(folder) as state:
             assert holder.wait(30) == 0
             save(state, {"step": 1})
-            monkeypatch.setattr(stage, "PATIENCE", 0.2)
+            monkeypatch.setattr(workspace, "PATIENCE", 0.2)
             with pytest.raises(UserError), ResumeState(folder):
                 pass
     told = f"{folder}: another process is at work on this very run; waiting for its end\n"
@@ -292,12 +290,12 @@ def unfinished(parent, names):
 
 
 def test_the_oldest_unfinished_runs_of_a_stage_make_room_for_a_new_one(tmp_path, capsys):
-    other, *runs = unfinished(tmp_path, ["sample-0", *(f"train-{i}" for i in range(MOST + 2))])
+    other, *runs = unfinished(tmp_path, ["sample-0", *(f"train-{i}" for i in range(MAX_UNFINISHED_RUNS + 2))])
     with (runs[0] / "lock").open() as at_work:
         fcntl.flock(at_work, fcntl.LOCK_EX)
         with ResumeState(tmp_path / "train-new") as new:
             assert states(tmp_path) == [other, runs[0], *runs[3:], new.folder]
-    told = [f"{run}: removed, the oldest of more than {MOST} unfinished runs" for run in runs[1:3]]
+    told = [f"{run}: removed, the oldest of more than {MAX_UNFINISHED_RUNS} unfinished runs" for run in runs[1:3]]
     assert capsys.readouterr().err.splitlines() == told
 
 

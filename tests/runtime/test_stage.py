@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ddpm.errors import UserError
-from ddpm.runtime import stage
-from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT, Interrupted, root, run_stage, signals_deferred
+from ddpm.runtime import signals
+from ddpm.runtime.signals import Interrupted
+from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT, run_stage
 from tests.conftest import ROOT, composed
 
 pytestmark = pytest.mark.process
@@ -121,7 +122,9 @@ def test_an_impatient_second_signal_changes_nothing(tmp_path):
 )
 def test_a_signal_at_the_very_end_changes_nothing(tmp_path, end, code, told):
     again = "os.kill(os.getpid(), signal.SIGTERM); sum(range(9999))"
-    body = f"import atexit; from ddpm.runtime.stage import Interrupted; atexit.register(lambda: exec({again!r})); {end}"
+    body = (
+        f"import atexit; from ddpm.runtime.signals import Interrupted; atexit.register(lambda: exec({again!r})); {end}"
+    )
     done = run(tmp_path, body)
     assert (done.returncode, done.stderr.partition(";")[0]) == (code, told)
     assert "Traceback" not in done.stderr
@@ -188,7 +191,7 @@ def test_a_stage_refuses_to_run_beside_another_in_the_same_folder(tmp_path):
     with subprocess.Popen([sys.executable, "stage.py"], **options) as first:
         assert first.stdout.readline() == "ready\n"
         (tmp_path / "second.py").write_text(
-            "import ddpm.runtime.stage as r; r.PATIENCE = 0.5; exec(open('stage.py').read())"
+            "import ddpm.runtime.workspace as w; w.PATIENCE = 0.5; exec(open('stage.py').read())"
         )
         second = subprocess.run([sys.executable, "second.py"], timeout=PATIENCE, **options)
         first.kill()
@@ -252,7 +255,7 @@ def test_wrong_parameters_stop_the_training_within_two_seconds_and_touch_nothing
 def quiet_process(monkeypatch, tmp_path):
     """Lets run_stage run in this process: its signal handlers, variables and parent's death are undone."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(stage, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(signals, "die_with_parent", lambda shares_group: None)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
@@ -299,39 +302,6 @@ def test_other_faults_of_files_are_bugs(quiet_process):
         run_stage(raising(FileNotFoundError(errno.ENOENT, "none", "x")), ("runtime",))
 
 
-def test_a_parent_that_died_before_the_stage_asked_stops_it_too(monkeypatch):
-    calls = []
-    parents = iter([100, 1])
-    monkeypatch.setattr(os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(stage.ctypes, "CDLL", lambda name: type("C", (), {"prctl": lambda _, *a: calls.append(a)})())
-    with pytest.raises(Interrupted):
-        stage._die_with_parent()
-    assert calls == [(1, signal.SIGTERM)]
-
-
-def test_deferred_signals_are_collected_and_the_handlers_come_back():
-    before = [signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        with pytest.raises(KeyError), signals_deferred() as received:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
-            assert received == [signal.SIGTERM, signal.SIGINT]
-            raise KeyError  # restored however the block ends
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
-
-
-def test_the_state_lies_where_dvc_says_or_here(monkeypatch, tmp_path):
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))
-    assert root() == (tmp_path / "main").resolve()
-    monkeypatch.delenv("DVC_ROOT")
-    monkeypatch.chdir(tmp_path)
-    assert root() == tmp_path.resolve()
-
-
 @pytest.fixture
 def long_tmpdir(tmp_path):
     """A folder for temporary files whose sockets would have addresses longer than any system takes."""
@@ -360,7 +330,10 @@ def test_stages_with_workers_run_where_tmpdir_is_too_long_for_a_socket(tmp_path,
 
 def test_a_tmpdir_is_refused_where_no_shorter_folder_can_be_written(tmp_path, long_tmpdir):
     (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(composed()))
-    code = "from ddpm import runtime; stage.SHORT_FOLDERS = ('/nowhere',); stage.run_stage(print, ('runtime',))"
+    code = (
+        "from ddpm.runtime import stage, workspace; workspace.SHORT_FOLDERS = ('/nowhere',); "
+        "stage.run_stage(print, ('runtime',))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -18,7 +18,7 @@ from ddpm.core.unet import UNet, initialise
 from ddpm.data.batches import as_tensor
 from ddpm.errors import UserError
 from ddpm.runtime.resume import ResumeState
-from ddpm.runtime.stage import Interrupted
+from ddpm.runtime.signals import Interrupted
 from ddpm.runtime.tracking import Tracker
 from ddpm.training import loop
 from ddpm.training.loop import EMA, Job, make_lr_schedule, train
