@@ -153,11 +153,12 @@ def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, override
 
 def digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """The training images of the default data set, and all its images: uint8 (N, 8, 8, 1)."""
-    from ddpm.data.batches import load_images
     from ddpm.data.prepare import prepare
+    from ddpm.data.prepared import Prepared
 
     prepare(params().dataset, folder / "prepared", folder)
-    train, test = (np.array(load_images(folder / "prepared", split)) for split in ("train", "test"))
+    prepared = Prepared(folder / "prepared")
+    train, test = np.array(prepared.train.images), np.array(prepared.test.images)
     return train, np.concatenate([train, test])
 
 
@@ -189,7 +190,8 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
 
 def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
     """Turns of so many batches from a file that is memory-mapped."""
-    from ddpm.data.batches import batches, load_array
+    from ddpm.data.batches import batches
+    from ddpm.files import load_array
 
     array = load_array(images, "", "uint8", 4)
     labels = np.zeros(len(array), np.int64)

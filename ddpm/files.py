@@ -1,6 +1,11 @@
-"""Output files, written whole or not at all."""
+"""Output files, written whole or not at all; arrays, read back without a copy in memory."""
 
+import io
 from pathlib import Path
+
+import numpy as np
+
+from ddpm.errors import UserError
 
 
 def write_file(path: str | Path, content: bytes | memoryview) -> None:
@@ -22,3 +27,34 @@ def write_file(path: str | Path, content: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)  # a failed write does not know its file
         raise
+
+
+def save_array(path: str | Path, array: np.ndarray) -> None:
+    """Write an array as .npy by `write_file`.
+
+    Raises:
+        OSError: as `write_file`.
+    """
+    buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
+    np.save(buffer, array)
+    write_file(path, buffer.getbuffer())
+
+
+def load_array(path: str | Path, stage: str, dtype: str, dimensions: int) -> np.ndarray:
+    """Open an array that `stage` wrote, memory-mapped: nothing is read yet.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy raises a dozen kinds, from TokenError to OverflowError
+        raise stale(path, " ".join(str(error).split())[:300], stage) from None
+    if array.dtype != dtype or array.ndim != dimensions:
+        raise stale(path, f"holds {array.dtype} {array.shape}, not {dtype}", stage)
+    return array
+
+
+def stale(path: str | Path, why: str, stage: str) -> UserError:
+    """The fault of a file that `stage` has to write again."""
+    return UserError(f"{path}: {why}; run the stage {stage} again")

@@ -20,10 +20,10 @@ RESULTS = Path("results/evaluate")
 def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
     from ddpm.core.diffusion import GaussianDiffusion
-    from ddpm.data.batches import load_array, load_images, load_info, load_labels, watch
+    from ddpm.data.batches import load_images, load_info, load_labels, watch
     from ddpm.evaluation.card import rounded, write_json
     from ddpm.evaluation.evaluate import Evaluator, Split
-    from ddpm.files import write_file
+    from ddpm.files import load_array, write_file
     from ddpm.model_folder import class_counts, load_model, training_run, weights_sha256
     from ddpm.runtime import processes
     from ddpm.runtime.device import choose_device, explain_out_of_memory, memory_format

@@ -6,55 +6,21 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddpm.config.checks import steps_per_epoch
 from ddpm.core.seeding import derive, generator
+from ddpm.data.prepared import Info
 from ddpm.data.transforms import Transforms
 from ddpm.errors import UserError
+from ddpm.files import load_array
 from ddpm.runtime import processes
-
-Positive = Annotated[int, Field(ge=1)]
-
-
-def load_array(path: str | Path, stage: str, dtype: str, dimensions: int) -> np.ndarray:
-    """Open an array that `stage` wrote, memory-mapped: nothing is read yet.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds something else.
-    """
-    try:
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy raises a dozen kinds, from TokenError to OverflowError
-        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}; run the stage {stage} again") from None
-    if array.dtype != dtype or array.ndim != dimensions:
-        raise UserError(f"{path}: holds {array.dtype} {array.shape}, not {dtype}; run the stage {stage} again")
-    return array
-
-
-class Info(BaseModel):
-    """data/prepared/dataset.json. `shape` is that of an image, `sha256` of all pixels and labels."""
-
-    model_config = ConfigDict(strict=True)
-    name: str
-    shape: Annotated[list[Positive], Field(min_length=3, max_length=3)]
-    counts: dict[str, Positive]
-    classes: list[str]
-    class_counts: list[Positive]  # training images of each class; empty where there are no classes
-    broken: int
-    sha256: str
-
-    @model_validator(mode="after")
-    def _one_count_per_class(self) -> Self:
-        if len(self.class_counts) != len(self.classes):
-            raise ValueError(f"class_counts has {len(self.class_counts)} numbers for {len(self.classes)} classes")
-        return self
 
 
 def load_info(folder: str | Path) -> dict[str, Any]:
@@ -122,7 +88,7 @@ def watch(folder: str | Path) -> Callable[[], bool]:
 
     told, before = load_info(folder)["sha256"], stamps()
     if content() != told:
-        raise UserError(f"{folder}: is not what its dataset.json tells of; run the stage prepare_data again")
+        raise UserError(f"{folder}: does not match its dataset.json; run the stage prepare_data again")
 
     def changed() -> bool:
         try:

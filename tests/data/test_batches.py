@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm.core.pixels import to_model_range
-from ddpm.data.batches import as_tensor, batches, load_images, load_info, load_labels
+from ddpm.data.batches import as_tensor, batches
 from ddpm.errors import UserError
 from tests.conftest import ROOT
 
@@ -134,73 +134,20 @@ def test_stored_pixels_arrive_in_the_models_layout():
     assert tensor[1, 2, 0, 3] == images[1, 0, 3, 2]
 
 
-def prepared(folder, images=IMAGES, labels=LABELS % 10, **changes):
-    info = {"name": "x", "shape": [8, 8, 3], "counts": {"train": 50, "test": 50}, "classes": list("abcdefghij")}
-    info |= {"class_counts": [5] * 10, "broken": 0, "sha256": "0"} | changes
-    (folder / "train").mkdir(exist_ok=True)
-    (folder / "dataset.json").write_text(json.dumps(info))
-    np.save(folder / "train/images.npy", images)
-    np.save(folder / "train/labels.npy", labels)
-
-
-def test_a_split_is_mapped_not_read(tmp_path):
-    prepared(tmp_path)
-    images = load_images(tmp_path, "train")
-    assert isinstance(images, np.memmap)
-    assert images.shape == (50, 8, 8, 3)
-
-
-def test_missing_or_odd_prepared_data_is_told_in_one_line(tmp_path):
-    for read in (lambda: load_images(tmp_path, "train"), lambda: load_info(tmp_path)):
-        with pytest.raises(UserError, match=r"run the stage prepare_data again") as fault:
-            read()
-        assert "\n" not in str(fault.value)
-    prepared(tmp_path, IMAGES.astype(np.float32))
-    with pytest.raises(UserError, match=r"holds float32 \(50, 8, 8, 3\), not uint8"):
-        load_images(tmp_path, "train")
-    for content in (b"no array", b"", b"\x93NUMPY\x01\x00"):
-        (tmp_path / "train/images.npy").write_bytes(content)
-        with pytest.raises(UserError, match=r"images.npy: .*run the stage prepare_data"):
-            load_images(tmp_path, "train")
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"shape": [8, 8, 1]}, r"images.npy: holds \(50, 8, 8, 3\), not \(50, 8, 8, 1\)"),
-        ({"counts": {"train": 49, "test": 1}}, r"images.npy: holds \(50, 8, 8, 3\), not \(49, 8, 8, 3\)"),
-        ({"counts": {}}, r"images.npy: holds \(50, 8, 8, 3\), not \(None, 8, 8, 3\)"),
-        ({"classes": ["a"], "class_counts": [50]}, "labels.npy: holds not 50 labels of 1 classes"),
-        ({"labels": LABELS[:-1] % 10}, "labels.npy: holds not 50 labels of 10 classes"),
-        ({"labels": LABELS % 10 - 1}, "labels.npy: holds not 50 labels of 10 classes"),
-        ({"shape": [8, 8]}, "dataset.json: shape: List should have at least 3 items"),
-        ({"shape": [8, 8, "3"]}, "dataset.json: shape: 2: Input should be a valid integer"),
-        ({"class_counts": [5] * 9}, "dataset.json: class_counts has 9 numbers for 10 classes"),
-        ({"class_counts": [0] * 10}, "dataset.json: class_counts: 0: Input should be greater than or equal to 1"),
-        ({"class_counts": None}, "dataset.json: class_counts: Input should be a valid array"),
-        ({"sha256": None}, "dataset.json: sha256: Input should be a valid string"),
-    ],
-)
-def test_prepared_data_that_does_not_belong_together_is_told_in_one_line(tmp_path, changes, told):
-    prepared(tmp_path, **changes)
-    with pytest.raises(UserError, match=f"{told}.*; run the stage prepare_data again$"):
-        load_images(tmp_path, "train")
-        load_labels(tmp_path, "train")
-
-
 LARGER = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from ddpm.data.batches import batches, load_array, watch
+from ddpm.data.batches import batches
+from ddpm.data.prepared import Prepared
 
 def held(what):  # MiB of this process
     return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 1024
 
 folder = Path(sys.argv[1])
-changed = watch(folder)
-images = load_array(folder / "train/images.npy", "prepare_data", "uint8", 4)
-labels = load_array(folder / "train/labels.npy", "prepare_data", "int64", 1)
+data = Prepared(folder)
+data.verify()
+images, labels = data.train
 steps = range(2 * len(images) // 50)
 stream = batches(images, labels, batch_size=50, seed=0, steps=steps, transforms=[])
 next(stream)
@@ -215,7 +162,7 @@ for row, (batch, _) in zip(seen, stream):
     low, high = batch[:, 0, 0, 0].long(), batch[:, 1, 0, 0].long()
     row[:] = low + 200 * high
 rest = seen.ravel()
-assert not changed()
+assert not data.changed()
 print(len(rest), len(np.unique(rest[-len(images):])), held("RssAnon:") - before < 160)
 """
 

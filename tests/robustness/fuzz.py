@@ -37,9 +37,10 @@ from ddpm.config.schema import Dataset, check, load_params
 from ddpm.config.targets import TRANSFORM, allowed_names, argument_names
 from ddpm.core import samplers
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
-from ddpm.data.batches import batches, load_images, load_info, load_labels
+from ddpm.data.batches import batches
 from ddpm.data.decode import decode_file
 from ddpm.data.prepare import prepare
+from ddpm.data.prepared import Prepared
 from ddpm.data.transforms import TOLERANCE, Transforms
 from ddpm.errors import UserError
 from ddpm.model_folder import load_model, save_model, training_run
@@ -391,8 +392,9 @@ def folder_layouts(case: dict[str, Any]) -> str:
 
 
 def where_they_went(prepared: Path, places: list[str], dataset: Dataset, printed: str) -> None:
-    info = load_info(prepared)
-    train, test = ({places[image[0, 0, 0]] for image in load_images(prepared, side)} for side in ("train", "test"))
+    data = Prepared(prepared)
+    info = data.info
+    train, test = ({places[image[0, 0, 0]] for image in side.images} for side in (data.train, data.test))
     assert (len(train), len(test)) == (info["counts"]["train"], info["counts"]["test"]), "an image is there twice"
     assert train and test and not train & test
     assert not [file for file in train if set(file.split("/")[:-1]) & set(HELD_OUT)], "a held-out image is trained on"
@@ -405,7 +407,7 @@ def where_they_went(prepared: Path, places: list[str], dataset: Dataset, printed
     ]
     assert not pairs, "the held-out part of a pair of folders is trained on"
     classes = len(info["classes"])
-    labels = np.bincount(load_labels(prepared, "train"), minlength=classes).tolist()
+    labels = np.bincount(data.train.labels, minlength=classes).tolist()
     assert (labels if classes else []) == info["class_counts"] and all(info["class_counts"]), "a class has no image"
     if dataset.subset is None and "left out" not in printed:
         assert train | test == set(places), "an image is lost without a word"
@@ -434,10 +436,11 @@ def prepared(changes: dict[str, Any]) -> str:
     folder = named(prepared_files, changes)
 
     def read() -> None:
-        info = load_info(folder)
+        data = Prepared(folder)
+        info = data.info
         assert len(info["sha256"]) and len(info["shape"]) == 3 and isinstance(info["classes"], list)
-        for split in ("train", "test"):
-            assert len(np.asarray(load_images(folder, split))) == len(load_labels(folder, split))
+        for split in (data.train, data.test):
+            assert len(np.asarray(split.images)) == len(split.labels)
 
     try:
         return outcome(read)

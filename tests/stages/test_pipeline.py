@@ -201,7 +201,7 @@ def test_data_that_is_changed_under_a_running_stage_is_found_out_and_nothing_is_
     assert files() == before
     assert not list(Path(".state").iterdir())
     if change is in_place:  # what dataset.json tells is no longer so
-        with pytest.raises(UserError, match=r"^data/prepared: is not what its dataset.json tells of; "):
+        with pytest.raises(UserError, match=r"^data/prepared: does not match its dataset.json; "):
             run(stage)
 
 
