@@ -1,21 +1,15 @@
-"""The data sets, and how each becomes the prepared data: uint8 pixels and labels, split into train and test.
+"""From a data set to the prepared data: uint8 pixels and labels, split into train and test.
 
 The same images, parameters and library versions give the same bytes, on any number of cores.
 """
 
-import errno
 import hashlib
-import io
 import json
 import shutil
-import socket
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext, redirect_stderr
+from contextlib import closing, contextmanager
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from tarfile import TarError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,53 +18,31 @@ from PIL import Image
 
 from ddpm.config.schema import Dataset
 from ddpm.data.decode import Pixels, decode_file, to_pixels
-from ddpm.data.folders import Classes, read_folder
-from ddpm.data.splits import check_subset, hold_out, subset_indices
+from ddpm.data.sources import RawSplit, load_source
+from ddpm.data.splits import check_subset, subset_indices
 from ddpm.errors import UserError, legible, listed
+from ddpm.files import save_array
 from ddpm.runtime.pool import in_parallel
 
-TORCHVISION_CLASSES = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-IMAGES_A_CHUNK = 64
-BYTES_A_CHUNK = 2**22  # bounds the memory where the images are large
+IMAGES_PER_CHUNK = 64
+BYTES_PER_CHUNK = 2**22  # bounds the memory where the images are large
 NAMED_FAULTS = 20
-
-
-class Split(NamedTuple):
-    """One side of a data set, before any image is converted."""
-
-    images: Pixels | list[str]  # uint8 (N, h, w, c) of the set's own size, or N paths relative to Source.folder
-    labels: npt.NDArray[np.int64]  # (N,)
-
-
-class Source(NamedTuple):
-    """A data set: two splits, and the names of the classes."""
-
-    train: Split
-    test: Split
-    classes: list[str]  # label k is classes[k]; empty where there are none, and all labels are 0
-    folder: Path = Path()
 
 
 def prepare(
     dataset: Dataset, out: Path, downloads: Path, check: Callable[[dict[str, Any]], None] = lambda info: None
 ) -> dict[str, Any]:
-    """Make `out` anew: {train,test}/{images,labels}.npy and dataset.json, whose content is returned.
+    """Write `out`: {train,test}/{images,labels}.npy and dataset.json, whose content is returned.
 
     images: uint8 (N, image_size, image_size, channels); labels: int64 (N,). They are written beside `out` and
     moved there at the end, so that a failure leaves an older `out` as it was. `downloads` keeps what torchvision
     fetches. `check` is given the content of dataset.json before the move, and may refuse it.
 
     Raises:
-        UserError: the source is missing, unfit or broken, one line a fault.
+        UserError: the source is missing, unfit or broken, one line per fault.
         OSError: the disk is full or read-only.
     """
-    if dataset.name == "digits":
-        source = _digits(dataset.test_fraction)
-    elif dataset.name == "folder":
-        source = _folder(Path(dataset.path), dataset.test_fraction)
-    else:
-        source = _torchvision(dataset.name, downloads)
-
+    source = load_source(dataset, downloads)
     check_subset(source.train.labels, dataset.subset)
     shape = (dataset.image_size, dataset.image_size, dataset.channels)
     content = hashlib.sha256()
@@ -99,94 +71,12 @@ def prepare(
     return summary
 
 
-# The sources
-
-
-def _digits(test_fraction: float) -> Source:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1); 0..16 as they come
-    labels = data.target.astype(np.int64)
-    place = np.argsort(np.random.default_rng(0).permutation(len(labels)))  # of each image in a random order
-    test = hold_out(place, labels, round(len(labels) * test_fraction))
-    return Source(
-        Split(pixels[~test], labels[~test]),
-        Split(pixels[test], labels[test]),
-        [str(name) for name in data.target_names],
-    )
-
-
-def _torchvision(name: str, downloads: Path) -> Source:
-    from torchvision import datasets
-    from torchvision.datasets.utils import check_integrity
-
-    cls = getattr(datasets, TORCHVISION_CLASSES[name])
-    unpacked: list[tuple[Path, str | None]]
-    if name == "cifar10":
-        folder, origins = downloads, [cls.url.rpartition("/")[0]]
-        archives = [(cls.filename, cls.tgz_md5)]
-        parts = [*cls.train_list, *cls.test_list, [cls.meta["filename"], cls.meta["md5"]]]
-        unpacked = [(folder / cls.base_folder / file, md5) for file, md5 in parts]
-    else:
-        folder, origins = downloads / cls.__name__ / "raw", cls.mirrors
-        archives = cls.resources
-        unpacked = [((folder / file).with_suffix(""), None) for file, _ in archives]
-    # torchvision takes unpacked files that it has no checksum for, such as the half that a killed run left, and
-    # does not unpack again where only some are bad. Without them it goes back to the archives, which it checks.
-    if not all(md5 and check_integrity(path, md5) for path, md5 in unpacked):
-        for path, _ in unpacked:
-            path.unlink(missing_ok=True)
-        lacking = [(file, md5) for file, md5 in archives if not check_integrity(folder / file, md5)]
-        if lacking:
-            print(f"{name}: downloading {', '.join(file for file, _ in lacking)} into {folder}", flush=True)
-
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without a byte; a network that drops packets would wait for ever
-    try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-            train, test = (cls(downloads, train=train, download=True) for train in (True, False))
-    except (RuntimeError, OSError, EOFError, TarError, HTTPException) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        lacking = [(file, md5) for file, md5 in archives if not check_integrity(folder / file, md5)] or archives
-        files = ", ".join(f"{file} (md5 {md5})" for file, md5 in lacking)
-        raise UserError(
-            f"dataset.name = {name}: cannot download {files}: {' '.join(str(error).split())}; "
-            f"fetch it by other means from {' or '.join(origins)}, put it into {folder} and run this again"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(patience)
-
-    def split(part: Any) -> Split:
-        pixels = np.asarray(part.data)  # CIFAR-10: (N, 32, 32, 3); MNIST: (N, 28, 28)
-        return Split(pixels if pixels.ndim == 4 else pixels[..., None], np.asarray(part.targets, dtype=np.int64))
-
-    return Source(split(train), split(test), list(train.classes))
-
-
-def _folder(folder: Path, test_fraction: float) -> Source:
-    """A person's own images; their sub-folders, if any, are the classes."""
-    sides = read_folder(folder, test_fraction)
-    names = sorted({name for name in sides.train.values() if name is not None})
-    label = {name: k for k, name in enumerate(names)} | {None: 0}
-
-    def split(classes: Classes) -> Split:
-        files = sorted(classes, key=lambda file: (label[classes[file]], file))
-        return Split(files, np.array([label[classes[file]] for file in files], dtype=np.int64))
-
-    return Source(split(sides.train), split(sides.test), names, folder)
-
-
-# From a source to files
-
-
 def _converted(
     images: Pixels | list[str], folder: Path, dataset: Dataset, label: str
 ) -> Generator[list[Pixels | str], None, None]:
     """Chunks of images as uint8 (size, size, channels); in the place of a broken one, what is wrong with it."""
     size, channels = dataset.image_size, dataset.channels
-    chunk = max(1, min(IMAGES_A_CHUNK, BYTES_A_CHUNK // (size * size * channels)))
+    chunk = max(1, min(IMAGES_PER_CHUNK, BYTES_PER_CHUNK // (size * size * channels)))
     if isinstance(images, list):
         paths = [str(folder / file) for file in images]
         yield from in_parallel(
@@ -211,7 +101,7 @@ class Written(NamedTuple):
     broken: list[str]  # a line for each other file
 
 
-def _write_split(out: Path, split: Split, folder: Path, dataset: Dataset, content: Any) -> Written:
+def _write_split(out: Path, split: RawSplit, folder: Path, dataset: Dataset, content: Any) -> Written:
     """Write the images and labels of a split to a new folder, and into the hash `content`."""
     size, channels = dataset.image_size, dataset.channels
     chosen = subset_indices(split.labels, dataset.subset)
@@ -220,9 +110,7 @@ def _write_split(out: Path, split: Split, folder: Path, dataset: Dataset, conten
     with closing(_converted(images, folder, dataset, out.name)) as chunks:
         faults, marks = _write_images(out / "images.npy", chunks, (size, size, channels), content)
     labels = np.delete(split.labels[chosen], list(faults)).astype("<i8")
-    buffer = io.BytesIO()  # np.save to a file reports a full disk without its error number
-    np.save(buffer, labels)
-    (out / "labels.npy").write_bytes(buffer.getvalue())
+    save_array(out / "labels.npy", labels)
     content.update(labels.tobytes())
     files = [file for i, file in enumerate(images) if i not in faults] if isinstance(images, list) else []
     return Written(labels, files, marks, [f"{legible(images[i])}: {reason}" for i, reason in faults.items()])

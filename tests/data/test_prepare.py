@@ -221,7 +221,7 @@ def test_the_result_is_the_same_on_any_number_of_cores(monkeypatch: pytest.Monke
         height, width = rng.integers(1, 60, 2)
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(f"raw/{i}.{('png', 'jpg', 'webp')[i % 3]}")
-    monkeypatch.setattr(preparation, "IMAGES_A_CHUNK", 7)
+    monkeypatch.setattr(preparation, "IMAGES_PER_CHUNK", 7)
     results = []
     for cores in (1, 3):
         monkeypatch.setattr(pool, "_cores", lambda cores=cores: cores)
