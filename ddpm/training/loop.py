@@ -1,6 +1,5 @@
 """The training loop: optimizer, learning-rate schedule, EMA, resume."""
 
-import copy
 import inspect
 import math
 import signal
@@ -23,6 +22,7 @@ from ddpm.config.schema import Instance, Runtime, Train
 from ddpm.config.targets import LR_SCHEDULER, OPTIMIZER, build
 from ddpm.core import samplers
 from ddpm.core.diffusion import GaussianDiffusion
+from ddpm.core.ema import EMA
 from ddpm.core.pixels import to_model_range, to_pixels
 from ddpm.core.seeding import derive
 from ddpm.core.unet import ResnetBlock, UNet, initialise
@@ -46,26 +46,6 @@ MEMORY_ADVICE = (
     "raise train.accumulation (the same result in smaller parts), set train.activation_checkpointing=true or "
     "train.precision=bf16, or lower train.batch_size or model.base_channels"
 )
-
-
-class EMA:
-    """The exponential moving average of the weights, which is what is sampled from and saved.
-
-    The decay warms up as min(decay, (1 + step) / (10 + step)), a common choice (TensorFlow's moving averages have it),
-    so that the initial weights are soon forgotten.
-    """
-
-    def __init__(self, model: UNet, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._average: list[Tensor] = list(self.model.parameters())
-        self._live: list[Tensor] = list(model.parameters())
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step` (counted from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, self._live, 1 - decay)
 
 
 def make_lr_schedule(node: Instance | None, optimizer: Optimizer, warmup: int, steps: int) -> LRScheduler:
