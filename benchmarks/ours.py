@@ -173,8 +173,8 @@ def distance(samples: np.ndarray, real: np.ndarray) -> float:
 def quality(tell: Tell, images: str, count: int, out: str) -> None:
     """Turns of a whole training that fills the seconds asked for; `out` receives its samples."""
     from benchmarks.quality import fill
-    from ddpm.core.samplers import draw
     from ddpm.runtime.device import choose_device
+    from ddpm.sampling import draw
 
     def train(steps: int) -> Any:
         lengths = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", "train.sample_every=0"]
@@ -182,8 +182,8 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
 
     def samples(model: Any) -> np.ndarray:
         p = params(*SOONEST)
-        device = choose_device(p.runtime)
-        return draw(model, _diffusion(p, device), p.sample, p.sample.seed, count, device)
+        settings = p.sample.model_copy(update={"count": count})
+        return draw(model, _diffusion(p, choose_device(p.runtime)), settings)
 
     fill(tell, train, samples, out)
 
@@ -201,11 +201,11 @@ def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
 
 def drawing(tell: Tell, count: int) -> None:
     """Turns that draw so many samples, in batches, with the default network and 10 steps of DDIM."""
-    from ddpm.core.samplers import draw
     from ddpm.runtime.device import choose_device
+    from ddpm.sampling import draw
 
-    p = params("sample.steps=10", "sample.batch_size=64")
+    p = params("sample.steps=10", "sample.batch_size=64", f"sample.count={count}")
     device = choose_device(p.runtime)
     model = _network(p, 8, 1).to(device).eval()
     diffusion = _diffusion(p, device)
-    repeat(tell, lambda: draw(model, diffusion, p.sample, 0, count, device), 1)
+    repeat(tell, lambda: draw(model, diffusion, p.sample), 1)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ddpm.config.targets import shown
-from ddpm.core.diffusion import DiffusionConfig, Prediction
+from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion, Prediction
 from ddpm.core.unet import UNet, UNetConfig
 from ddpm.errors import UserError
 from ddpm.files import write_file
@@ -111,6 +111,7 @@ def load_model(folder: str | Path) -> tuple[UNet, DiffusionConfig]:
         raise UserError(f"{unet_path}: {_reason(error)}") from None
     try:
         diffusion = _diffusion_from_json(diffusion_json)
+        GaussianDiffusion(diffusion)  # refuses a schedule that floats cannot hold
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{diffusion_path}: {_reason(error)}") from None
     weights_path = _weights_path(folder)

@@ -46,6 +46,11 @@ def grid(images: np.ndarray) -> Image.Image:
     return tile(images, columns=math.ceil(math.sqrt(len(images))))
 
 
+def rows(images: np.ndarray) -> Image.Image:
+    """Rows of images: uint8 (rows, columns, H, W, C)."""
+    return tile(images.reshape(-1, *images.shape[2:]), columns=images.shape[1])
+
+
 def pairs(left: np.ndarray, right: np.ndarray, columns: int) -> Image.Image:
     """Two sets of images side by side, uint8 (N, H, W, C) each: the gap in a pair is narrow, between pairs wide."""
     left, right = _enlarged(left), _enlarged(right)

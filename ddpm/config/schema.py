@@ -194,7 +194,7 @@ class NfeCurve(Section):
 
 
 class Evaluate(Section):
-    """How samples are compared with real images; see ddpm/evaluation/metrics.py."""
+    """How samples are compared with real images; see ddpm/evaluation/evaluate.py."""
 
     seed: Seed
     seeds: Annotated[int, Field(ge=1, le=100)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -10,12 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm.core.diffusion import GaussianDiffusion, Variance
-from ddpm.core.pixels import to_model_range
-from ddpm.core.samplers import Model, normal
-from ddpm.core.seeding import generator
-from ddpm.data.batches import as_tensor, told_labels
-from ddpm.runtime.progress import Progress
-from ddpm.runtime.resume import Keep, not_kept, slices
+from ddpm.core.samplers import Model
 
 
 @dataclass(frozen=True)
@@ -31,6 +25,13 @@ class Bound:
     prior: float
     terms: np.ndarray
     x0_mse: np.ndarray
+
+    @classmethod
+    def of(cls, sums: np.ndarray, count: int) -> "Bound":
+        """From the sums over `count` images, float64 (3, T): of the terms, of the squared errors, and of L_T, which
+        stands first in its row; `bound_sums` gives those of a batch, and batches add up."""
+        terms, errors, prior = sums / count
+        return cls(float(prior[0]), terms, errors)
 
     @property
     def bits_per_dim(self) -> float:
@@ -64,55 +65,30 @@ class Bound:
 
 
 @torch.no_grad()
-def variational_bound(
-    model: Callable[..., Tensor],
+def bound_sums(
+    model: Model,
     diffusion: GaussianDiffusion,
-    images: np.ndarray,
-    labels: np.ndarray | None = None,
-    numbers: np.ndarray | None = None,
-    *,
+    x0: Tensor,
+    noise: Callable[[], Tensor],
     variance: Variance,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    keep: Keep = not_kept,
-) -> Bound:
-    """Evaluate every term on every image: T network evaluations an image.
+    on_step: Callable[[], object] = lambda: None,
+) -> np.ndarray:
+    """Evaluate every term on a batch: the sums over its images that `Bound.of` takes, float64 (3, T).
 
     Args:
-        images: uint8 (N, H, W, C).
-        labels: int64 (N,) for a class-conditional network: the bound is then on images given their class.
-        numbers: the place of each image in its data set, (N,), from which its noise follows, and from nothing else;
-            None for 0 ... N-1.
+        x0: float32 (B, C, H, W), levels of 8 bits mapped to [-1, 1].
+        noise: gives the next standard normal (B, C, H, W), one for each t = 0 ... T-1.
         variance: of the reverse process, as for sampling; fixed_large is the better bound for few training steps.
-        keep: keeps the sums of each finished batch.
+        on_step: called after each of the T network evaluations.
     """
-    steps = diffusion.timesteps
-    numbers = np.arange(len(images)) if numbers is None else numbers
-    sums = np.zeros((3, steps))  # over images: of the terms, of the squared errors, and (first in its row) of L_T
-    with Progress(len(images) * steps, "variational bound", "eval") as bar:
-
-        def one_batch(rows: slice) -> np.ndarray:
-            x0 = to_model_range(as_tensor(images[rows]).to(device))
-            given = told_labels(model, labels, rows, device)
-            draws = [generator(seed, "bound", int(number)) for number in numbers[rows]]
-            batch = np.zeros_like(sums)
-            batch[2, 0] = diffusion.prior_term(x0).double().sum().item()
-            for step in range(steps):
-                noise = normal(draws, x0.shape[1:], device)
-                term, error = _term(given, diffusion, x0, step, noise, variance)
-                batch[0, step] = term.double().sum().item()
-                batch[1, step] = error.double().sum().item()
-                bar.update(len(x0))
-            return batch
-
-        batches = slices(len(images), batch_size)
-        kept = keep([(f"bound-{rows.start}", partial(one_batch, rows)) for rows in batches])
-        for rows, batch in zip(batches, kept, strict=True):
-            sums += batch
-            bar.update(rows.stop * steps - bar.n)  # a batch that was kept
-    terms, errors, prior = sums / len(images)
-    return Bound(float(prior[0]), terms, errors)
+    sums = np.zeros((3, diffusion.timesteps))
+    sums[2, 0] = diffusion.prior_term(x0).double().sum().item()
+    for step in range(diffusion.timesteps):
+        term, error = _term(model, diffusion, x0, step, noise(), variance)
+        sums[0, step] = term.double().sum().item()
+        sums[1, step] = error.double().sum().item()
+        on_step()
+    return sums
 
 
 def _term(

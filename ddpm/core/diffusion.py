@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.core.schedules import LEAST_NOISE, LEAST_SIGNAL
-from ddpm.errors import UserError
 
 Schedule = Literal["linear", "cosine", "sigmoid"]
 Prediction = Literal["epsilon", "x0", "v"]
@@ -74,17 +73,18 @@ class GaussianDiffusion:
     different last bits on different processors.
 
     Raises:
-        UserError: the schedule begins with no noise or ends with no signal, as far as floats can tell.
+        ValueError: the schedule begins with no noise or ends with no signal, as far as floats can tell.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
+        self.device = torch.device(device)
         self.betas = make_betas(config)
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         if not (1 - self.alphas_cumprod[0] >= LEAST_NOISE and self.alphas_cumprod[-1] >= LEAST_SIGNAL):
-            raise UserError(
-                f"the {config.schedule} schedule with diffusion.timesteps = {config.timesteps}, diffusion.beta_start = "
-                f"{config.beta_start:g} and diffusion.beta_end = {config.beta_end:g}: alpha_bar runs from 1 - "
+            raise ValueError(
+                f"the {config.schedule} schedule with timesteps = {config.timesteps}, beta_start = "
+                f"{config.beta_start:g} and beta_end = {config.beta_end:g}: alpha_bar runs from 1 - "
                 f"{1 - self.alphas_cumprod[0]:.1e} to {self.alphas_cumprod[-1]:.1e}; it must start at or below 1 - "
                 f"{LEAST_NOISE:g} and end at or above {LEAST_SIGNAL:g}"
             )

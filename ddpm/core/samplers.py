@@ -1,10 +1,7 @@
 """From noise to images. Every sampler has one signature and yields the state after each network evaluation."""
 
-import hashlib
-import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -13,14 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.config.schema import Sample
 from ddpm.core.diffusion import GaussianDiffusion, Variance
-from ddpm.core.pixels import to_pixels
 from ddpm.core.seeding import generator
 from ddpm.core.unet import UNet, UNetConfig
-from ddpm.errors import UserError
-from ddpm.runtime.progress import Progress
-from ddpm.runtime.resume import Keep, not_kept, slices
 
 Spacing = Literal["leading", "trailing", "linear", "quadratic"]
 Model = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to the network's output
@@ -41,10 +33,10 @@ def timesteps(total: int, steps: int, spacing: Spacing) -> list[int]:
     neighbours that rounding makes coincide at small t are moved up to the next free timestep.
 
     Raises:
-        UserError: steps is not in 1 ... total.
+        ValueError: steps is not in 1 ... total.
     """
     if not 1 <= steps <= total:
-        raise UserError(f"params.yaml: sample.steps = {steps}: must be from 1 to {total}, the timesteps of the model")
+        raise ValueError(f"steps = {steps}: must be from 1 to {total}, the timesteps of the model")
     chosen: np.ndarray
     if spacing == "leading":
         chosen = np.arange(steps) * (total // steps)
@@ -59,6 +51,11 @@ def timesteps(total: int, steps: int, spacing: Spacing) -> list[int]:
     return sorted(map(int, chosen), reverse=True)
 
 
+def conditioned(model: Callable[..., Tensor], labels: Tensor | None) -> Model:
+    """A network as a function of x_t and t alone: of images of these classes, int64 (B,); None: it takes no labels."""
+    return model if labels is None else partial(model, labels=labels)
+
+
 def guided(model: UNet, labels: Tensor, scale: float) -> Model:
     """A class-conditional network as a sampler wants it, with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
@@ -70,7 +67,7 @@ def guided(model: UNet, labels: Tensor, scale: float) -> Model:
         labels: the class of each image, int64 (B,).
     """
     if scale == 1:
-        return partial(model, labels=labels)
+        return conditioned(model, labels)
     both = torch.cat([labels, torch.full_like(labels, model.config.no_label)])  # type: ignore[arg-type]
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -80,81 +77,6 @@ def guided(model: UNet, labels: Tensor, scale: float) -> Model:
         return torch.cat([conditional[:, :channels] + change, conditional[:, channels:]], dim=1)
 
     return predict
-
-
-def chosen_classes(params: Sample, config: UNetConfig) -> list[int]:
-    """The classes to draw, in turn: all of the network's, or those of `sample.classes`; empty if unconditional.
-
-    Raises:
-        UserError: a class or guidance that the network does not have.
-    """
-    names = list(config.class_names) or [str(i) for i in range(config.classes)]
-    if params.guidance != 1 and config.no_label is None:
-        raise UserError(
-            f"params.yaml: sample.guidance = {params.guidance:g}: must be 1 (no guidance), since models/ddpm has not "
-            f"learnt to do without a label"
-        )
-    wanted = names if params.classes is None else [str(name) for name in params.classes]
-    for name in wanted:
-        if name not in names:
-            allowed = f"known: {', '.join(names[:50])}" if names else "models/ddpm is unconditional; set it to null"
-            raise UserError(f"params.yaml: sample.classes: {name!r} is no class of models/ddpm; {allowed}")
-    return [names.index(name) for name in wanted]
-
-
-def class_sequence(params: Sample, config: UNetConfig, class_counts: Sequence[int], count: int) -> list[int]:
-    """The classes of samples 0 ... count-1; empty if the network is unconditional. A prefix of a longer sequence.
-
-    equal: each class in turn. data: as often as the training data has them, by Sainte-Laguë's rule: sample i is of
-    the class with the largest c / (2 n + 1), where c is the number of its training images and n that of its samples
-    before i. The first k samples are then the best rounding of the data's frequencies to k samples, for every k.
-
-    Args:
-        class_counts: training images of each class of the network; used for `data` only.
-
-    Raises:
-        UserError: as for `chosen_classes`; or the numbers of images are not known, or are all 0.
-    """
-    classes = chosen_classes(params, config)
-    if params.class_frequencies == "equal":
-        return [classes[i % len(classes)] for i in range(count)] if classes else []
-    setting = "params.yaml: sample.class_frequencies = data"
-    if not classes:
-        raise UserError(f"{setting}: models/ddpm is unconditional; set it to equal")
-    if len(class_counts) != config.classes:
-        raise UserError(
-            f"{setting}: models/ddpm/training.json does not hold the class_counts of its {config.classes} classes; set "
-            f"it to equal, or train here"
-        )
-    queue = [(Fraction(1, class_counts[c]), c) for c in dict.fromkeys(classes) if class_counts[c]]
-    if not queue:
-        raise UserError(f"{setting}: the data has no image of sample.classes = {params.classes}; set it to equal")
-    heapq.heapify(queue)
-    drawn = []
-    for _ in range(count):
-        price, chosen = queue[0]  # (2 n + 1) / c
-        drawn.append(chosen)
-        heapq.heapreplace(queue, (price + Fraction(2, class_counts[chosen]), chosen))
-    return drawn
-
-
-def check_variance(params: Sample, diffusion: GaussianDiffusion) -> None:
-    """Compare `sample.variance` with what the network has learned, and print a note where that is not used.
-
-    Raises:
-        UserError: the network has learned no variance.
-    """
-    learned = diffusion.config.learn_variance
-    if params.variance == "learned" and not learned:
-        raise UserError(
-            "params.yaml: sample.variance = learned: models/ddpm has learned no variance; set it to fixed_small"
-        )
-    if params.variance != "learned" and learned:
-        print(
-            f"note: models/ddpm has learned its variance, and sample.variance = {params.variance} does not use it, "
-            f"neither to draw (ddpm) nor for bits/dim; set sample.variance=learned to use it",
-            flush=True,
-        )
 
 
 def normal(
@@ -302,67 +224,3 @@ def _log_snr(alpha_bar: float) -> float:
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm_solver": dpm_solver}
-
-
-def settings_name(params: Sample) -> str:
-    """A file name for the settings that decide an image, apart from the seed: other settings have another name."""
-    decisive = params.model_dump_json(exclude={"seed", "count", "batch_size", "grid"})
-    return f"{params.sampler}-{params.steps}-steps-{hashlib.sha256(decisive.encode()).hexdigest()[:12]}"
-
-
-def draw(
-    model: UNet,
-    diffusion: GaussianDiffusion,
-    params: Sample,
-    seed: int,
-    count: int,
-    device: torch.device,
-    on_step: Callable[[int, int, Tensor], None] | None = None,
-    keep: Keep = not_kept,
-    class_counts: Sequence[int] = (),
-) -> np.ndarray:
-    """Samples 0 ... count-1 of a seed, in batches: uint8 (count, H, W, C), rounded to the nearest level.
-
-    Of a class-conditional model, the classes are those of `class_sequence`.
-
-    Args:
-        params: sampler, steps, classes, guidance and batch size; its own seed and count are not used.
-        on_step: is told (index of the batch's first sample, network evaluations so far, x (B, C, H, W)), from the
-            start noise, at 0 evaluations, to the sample. (Of batches that are drawn now, not of those that were kept.)
-        keep: keeps each finished batch.
-        class_counts: training images of each class, for sample.class_frequencies = data.
-
-    Raises:
-        UserError: the model has fewer timesteps than steps are asked for, or not the classes or the guidance.
-    """
-    classes = class_sequence(params, model.config, class_counts, count)
-    size, channels = model.config.sample_size, model.config.in_channels
-    path = timesteps(diffusion.timesteps, params.steps, params.spacing)
-    images = np.empty((count, size, size, channels), dtype=np.uint8)
-    with Progress(count * len(path), f"{params.sampler}, {len(path)} evaluations an image", "eval") as bar:
-
-        def one_batch(indices: range) -> np.ndarray:
-            noise = ImageNoise(seed, indices, model.config, device)
-            x = noise()
-            if on_step:
-                on_step(indices.start, 0, x)
-            predict: Model = model
-            if classes:
-                labels = torch.tensor(classes[indices.start : indices.stop], device=device)
-                predict = guided(model, labels, params.guidance)
-            sampler = SAMPLERS[params.sampler]
-            steps = sampler(predict, diffusion, x, path, noise, variance=params.variance, eta=params.eta)
-            for i, step in enumerate(steps, 1):
-                x = step.x
-                if on_step:
-                    on_step(indices.start, i, x)
-                bar.update(len(indices))
-            return to_pixels(x)
-
-        name = f"{settings_name(params)}-seed-{seed}-images"
-        batches = [range(rows.start, rows.stop) for rows in slices(count, params.batch_size)]
-        kept = keep([(f"{name}-{batch.start}-{batch.stop}", partial(one_batch, batch)) for batch in batches])
-        for batch, drawn in zip(batches, kept, strict=True):
-            images[batch.start : batch.stop] = drawn
-            bar.update(batch.stop * len(path) - bar.n)  # a batch that was kept
-    return images

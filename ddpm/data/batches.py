@@ -4,7 +4,6 @@ import hashlib
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +101,6 @@ def watch(folder: str | Path) -> Callable[[], bool]:
 def as_tensor(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, C) as stored, possibly memory-mapped, to a uint8 tensor (B, C, H, W)."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants memory that may be written
-
-
-def told_labels(
-    model: Callable[..., Tensor], labels: np.ndarray | None, rows: slice, device: torch.device
-) -> Callable[..., Tensor]:
-    """A network as a function of x_t and t alone: where there are labels, int64 (N,), it is told those of the rows."""
-    return model if labels is None else partial(model, labels=torch.from_numpy(np.array(labels[rows])).to(device))
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):

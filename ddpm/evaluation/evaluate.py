@@ -2,25 +2,30 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ddpm import pictures
 from ddpm.config.schema import Evaluate, Sample
-from ddpm.core import samplers
-from ddpm.core.bound import variational_bound
 from ddpm.core.diffusion import GaussianDiffusion
 from ddpm.core.unet import UNet
 from ddpm.errors import UserError
-from ddpm.evaluation import card, distances, metrics
-from ddpm.runtime.resume import Keep
+from ddpm.evaluation import distances
+from ddpm.evaluation.card import card, write_json
+from ddpm.evaluation.features import extract_features, weights_digest
+from ddpm.evaluation.held_out import HeldOut, held_out_loss, variational_bound
+from ddpm.files import write_file
+from ddpm.runtime.resume import Store
+from ddpm.sampling import check_variance, chosen_classes, draw, settings_name
 
 PAIRS, PAIR_COLUMNS = 24, 4  # of the picture of the nearest neighbours
 BOUND_RANGES = 50  # points of the plots of the bound
+PLOTS = ("loss_by_timestep", "bound_by_timestep", "fd_by_nfe")
+Values = dict[str, float]
 Rows = list[dict[str, Any]]
 
 
@@ -38,23 +43,94 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What an evaluation works on.
+
+    Attributes:
+        settings: what to measure. drawn: how the samples were drawn.
+        unet: on the device of `diffusion`.
+        samples: uint8 (N, H, W, C).
+        info: the content of dataset.json.
+        class_counts: training images of each class, for sample.class_frequencies = data.
+        store: runs the long loops.
+    """
+
+    settings: Evaluate
+    drawn: Sample
+    unet: UNet
+    diffusion: GaussianDiffusion
+    samples: np.ndarray
+    train: Split
+    test: Split
+    info: Mapping[str, Any]
+    class_counts: tuple[int, ...]
+    store: Store
+
+    def features(self, images: np.ndarray, name: str) -> np.ndarray:
+        """The features of images, uint8 (N, H, W, C), as (N, D); `name` is that of the set."""
+        s, device = self.settings, self.diffusion.device
+        return extract_features(images, s.features, s.inception_weights, s.batch_size, device, self.store, name)
+
+    def held_out(self, count: int | None) -> HeldOut:
+        """That many held-out images, evenly spaced; with labels for a class-conditional model."""
+        rows = self.test.spread(count)
+        return HeldOut(self.test.images[rows], self.test.labels[rows] if self.unet.config.classes else None, rows)
+
+
+class FeatureSets:
+    """The features of samples, train, test and the reference, (N, D) each, and what is computed of each set once.
+
+    Attributes:
+        reference: the name of the set that samples are compared with: train, test or all.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.reference, self.device = subject.settings.reference, subject.diffusion.device
+        images = {"samples": subject.samples, "train": subject.train.images, "test": subject.test.images}
+        self._sets = {name: subject.features(array, name) for name, array in images.items()}
+        if self.reference == "all":
+            self._sets["all"] = np.concatenate([self._sets["train"], self._sets["test"]])
+        self._normals: dict[str, distances.Normal] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._sets[name]
+
+    def normal(self, name: str) -> distances.Normal:
+        """The normal distribution fitted to a set."""
+        if name not in self._normals:
+            self._normals[name] = distances.Normal(self[name], self.device, name)
+        return self._normals[name]
+
+    def frechet(self, a: str, b: str) -> float:
+        """The Fréchet distance between two sets."""
+        return distances.frechet_distance(self.normal(a), self.normal(b))
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What there is to write.
+    """The results of an evaluation, ready to be written.
 
     Attributes:
         values: every number, by its name.
         plots: rows of loss_by_timestep, bound_by_timestep and fd_by_nfe.
         neighbours: samples beside their nearest training images.
-        card: a page of markdown that tells what the numbers were measured with.
+        card: a page of markdown: the numbers, and what they were measured with.
     """
 
-    values: dict[str, float]
+    values: Values
     plots: dict[str, Rows]
     neighbours: Image.Image
     card: str
 
+    def write(self, folder: Path) -> None:
+        """Write metrics.json, the plots and card.md. (The picture is logged with the tracker.)"""
+        for name, rows in self.plots.items():
+            write_json(folder / f"{name}.json", rows)
+        write_json(folder / "metrics.json", self.values)
+        write_file(folder / "card.md", self.card.encode())
 
-def check_fit(samples: np.ndarray, unet: UNet, info: Mapping[str, Any]) -> None:
+
+def _check_fit(samples: np.ndarray, unet: UNet, info: Mapping[str, Any]) -> None:
     """Compare the samples and the network with the data.
 
     Raises:
@@ -85,184 +161,136 @@ def check_fit(samples: np.ndarray, unet: UNet, info: Mapping[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """What an evaluation works with.
+def evaluate(subject: Subject) -> Evaluation:
+    """Measure all that the parameters ask for.
 
-    Attributes:
-        p: what to measure. drawn: how the samples were drawn.
-        samples: uint8 (N, H, W, C).
-        info: the content of dataset.json.
-        keep: keeps the parts of the long loops.
-        class_counts: training images of each class, for sample.class_frequencies = data.
+    Raises:
+        UserError: samples, network and data do not fit together, or a setting does not fit them.
     """
+    s, drawn = subject.settings, subject.drawn
+    _check_fit(subject.samples, subject.unet, subject.info)
+    check_variance(drawn, subject.diffusion)
+    features = FeatureSets(subject)
+    near = distances.nearest(features["samples"], features["train"], features.device)
+    measured = {
+        "fidelity": fidelity(subject, features),
+        "memorisation": memorisation(features, near[0]),
+        "loss_by_timestep": loss(subject),
+        "bound_by_timestep": likelihood(subject),
+        "fd_by_nfe": cost_curve(subject, features),
+    }
+    values = {name: value for part, _ in measured.values() for name, value in part.items()}
+    values |= {"samples": len(subject.samples), "seeds": s.seeds, "nfe": _nfe(drawn)}
+    values["reference_images"] = len(features[features.reference])
+    plots = {name: measured[name][1] for name in PLOTS}
+    digest = weights_digest(s.features, s.inception_weights)
+    names = [subject.info["classes"][i] for i in chosen_classes(drawn, subject.unet.config)]
+    picture = pictures.pairs(subject.samples[:PAIRS], subject.train.images[near[1][:PAIRS]], PAIR_COLUMNS)
+    return Evaluation(values, plots, picture, card(values, s, drawn, subject.info, digest, names))
 
-    p: Evaluate
-    drawn: Sample
-    unet: UNet
-    diffusion: GaussianDiffusion
-    samples: np.ndarray
-    train: Split
-    test: Split
-    info: Mapping[str, Any]
-    device: torch.device
-    keep: Keep
-    class_counts: tuple[int, ...] = ()
-    _fitted: dict[str, distances.Normal] = field(default_factory=dict)
 
-    def run(self) -> Evaluation:
-        """Measure all that the parameters ask for.
-
-        Raises:
-            UserError: samples, network and data do not fit together, or a setting not to them.
-        """
-        check_fit(self.samples, self.unet, self.info)
-        samplers.check_variance(self.drawn, self.diffusion)
-        features = {
-            name: self._features(images, name)
-            for name, images in (
-                ("samples", self.samples),
-                ("train", self.train.images),
-                ("test", self.test.images),
-            )
-        }
-        if self.p.reference == "all":
-            features["all"] = np.concatenate([features["train"], features["test"]])
-        values = self._distances(features)
-        real = self._normal(features[self.p.reference], self.p.reference)
-        if self.p.seeds > 1:
-            seeds = range(self.drawn.seed + 1, self.drawn.seed + self.p.seeds)
-            sets = [values["frechet_distance"]]
-            sets += [self._drawn_distance(self.drawn, seed, len(self.samples), real) for seed in seeds]
-            values["frechet_distance_mean"] = float(np.mean(sets))
-            values["frechet_distance_std"] = float(np.std(sets, ddof=1))
-        memorisation, neighbours = self._memorisation(features)
-        losses, loss_by_timestep = self._losses()
-        bound, bound_by_timestep = self._bound()
-        values |= memorisation | losses | bound
-        plots = {
-            "loss_by_timestep": loss_by_timestep,
-            "bound_by_timestep": bound_by_timestep,
-            "fd_by_nfe": self._curve(values["frechet_distance"], real),
-        }
-        values |= {"samples": len(self.samples), "seeds": self.p.seeds, "nfe": self._nfe(self.drawn)}
-        values["reference_images"] = len(features[self.p.reference])
-        digest = metrics.weights_digest(self.p.features, self.p.inception_weights)
-        names = [self.info["classes"][i] for i in samplers.chosen_classes(self.drawn, self.unet.config)]
-        return Evaluation(values, plots, neighbours, card.card(values, self.p, self.drawn, self.info, digest, names))
-
-    def _features(self, images: np.ndarray, name: str) -> np.ndarray:
-        p = self.p
-        return metrics.extract_features(
-            images, p.features, p.inception_weights, p.batch_size, self.device, self.keep, name
+def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
+    """How far the samples are from real images, and real images from each other; no plot."""
+    s, device, reference = subject.settings, features.device, features.reference
+    samples, real = features["samples"], features[reference]
+    values = {"frechet_distance": features.frechet("samples", reference)}
+    values["kid"], values["kid_std"] = distances.kernel_distance(
+        samples, real, subset_size=s.kid_subset_size, seed=s.seed, device=device
+    )
+    values["precision"], values["recall"] = distances.precision_recall(samples, real, s.neighbours, device)
+    for name in ("train", "test"):
+        known = name == reference
+        values[f"frechet_distance_{name}"] = values["frechet_distance"] if known else features.frechet("samples", name)
+    values["frechet_distance_real_halves"] = distances.real_floor(real, s.seed, device)
+    values["frechet_distance_real_test"] = features.frechet("test", "train")
+    if s.seeds > 1:
+        further = (
+            subject.drawn.model_copy(update={"seed": subject.drawn.seed + i, "count": len(subject.samples)})
+            for i in range(1, s.seeds)
         )
+        sets = [values["frechet_distance"], *(_drawn_distance(subject, features, settings) for settings in further)]
+        values["frechet_distance_mean"] = float(np.mean(sets))
+        values["frechet_distance_std"] = float(np.std(sets, ddof=1))
+    return values, []
 
-    def _normal(self, features: np.ndarray, name: str) -> distances.Normal:
-        """The statistics of a set, computed once."""
-        if name not in self._fitted:
-            self._fitted[name] = distances.Normal(features, self.device, name)
-        return self._fitted[name]
 
-    def _distances(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """How far the samples are from real images, and real images from each other."""
-        p, samples, real = self.p, features["samples"], features[self.p.reference]
+def memorisation(features: FeatureSets, to_train: np.ndarray) -> tuple[Values, Rows]:
+    """How near the samples come to the training images, for the distance (N,) of each to its nearest; no plot."""
+    held_out, _ = distances.nearest(features["test"], features["train"], features.device)
+    return {"memorisation_ratio": distances.memorisation_ratio(to_train, held_out)}, []
 
-        def frechet(a: str, b: str) -> float:
-            return distances.frechet_distance(self._normal(features[a], a), self._normal(features[b], b))
 
-        values = {"frechet_distance": frechet("samples", p.reference)}
-        values["kid"], values["kid_std"] = distances.kernel_distance(
-            samples, real, subset_size=p.kid_subset_size, seed=p.seed, device=self.device
+def loss(subject: Subject) -> tuple[Values, Rows]:
+    """How well the held-out images are denoised, by timestep: the simple loss, and the bound's part beside it."""
+    s, parts = subject.settings, {}
+    parts["loss"], bound = held_out_loss(
+        subject.unet,
+        subject.diffusion,
+        subject.held_out(s.loss_images),
+        bins=s.loss_bins,
+        batch_size=s.batch_size,
+        seed=s.seed,
+        store=subject.store,
+    )
+    if bound is not None:
+        parts["bound_loss"] = bound
+    times = [round((i + 0.5) / s.loss_bins * subject.diffusion.timesteps) for i in range(s.loss_bins)]
+    rows = [dict(zip(("timestep", *parts), row, strict=True)) for row in zip(times, *parts.values(), strict=True)]
+    return {f"held_out_{name}": sum(part) / len(part) for name, part in parts.items()}, rows
+
+
+def likelihood(subject: Subject) -> tuple[Values, Rows]:
+    """How likely the held-out images are: the whole bound, and its terms summed over equal ranges of t."""
+    s = subject.settings
+    if not s.bound_images:
+        return {}, []
+    bound = variational_bound(
+        subject.unet,
+        subject.diffusion,
+        subject.held_out(s.bound_images),
+        variance=subject.drawn.variance,
+        batch_size=s.batch_size,
+        seed=s.seed,
+        store=subject.store,
+    )
+    return {"bits_per_dim": bound.bits_per_dim}, bound.rows(BOUND_RANGES)
+
+
+def cost_curve(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
+    """How the distance falls with the network evaluations; where no curve is asked for, the samples' own point.
+
+    A distance that is not defined has no point.
+    """
+    points = [  # fixed_small, since fixed_large collapses where steps are skipped
+        subject.drawn.model_copy(
+            update={
+                "sampler": line.sampler,
+                "steps": steps,
+                "variance": "fixed_small",
+                "count": subject.settings.nfe_samples,
+            }
         )
-        values["precision"], values["recall"] = distances.precision_recall(samples, real, p.neighbours, self.device)
-        for name in ("train", "test"):
-            known = name == p.reference
-            values[f"frechet_distance_{name}"] = values["frechet_distance"] if known else frechet("samples", name)
-        values["frechet_distance_real_halves"] = distances.real_floor(real, p.seed, self.device)
-        values["frechet_distance_real_test"] = frechet("test", "train")
-        return values
+        for line in subject.settings.nfe_curve
+        for steps in line.steps
+    ]
+    curve = [(point, _drawn_distance(subject, features, point)) for point in points]
+    if not curve:
+        curve = [(subject.drawn, features.frechet("samples", features.reference))]
+    return {}, [
+        {"sampler": settings.sampler, "nfe": _nfe(settings), "frechet_distance": value}
+        for settings, value in curve
+        if not math.isnan(value)
+    ]
 
-    def _memorisation(self, features: Mapping[str, np.ndarray]) -> tuple[dict[str, float], Image.Image]:
-        """How far the samples are from the training images, and a picture of the nearest."""
-        to_train, index = distances.nearest(features["samples"], features["train"], self.device)
-        held_out, _ = distances.nearest(features["test"], features["train"], self.device)
-        picture = pictures.pairs(self.samples[:PAIRS], self.train.images[index[:PAIRS]], PAIR_COLUMNS)
-        return {"memorisation_ratio": distances.memorisation_ratio(to_train, held_out)}, picture
 
-    def _held_out(self, count: int | None) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """That many held-out images, their labels for a class-conditional model, and their places in the split."""
-        rows = self.test.spread(count)
-        return self.test.images[rows], self.test.labels[rows] if self.unet.config.classes else None, rows
+def _nfe(settings: Sample) -> int:
+    """Network evaluations per image: guidance takes two per step."""
+    return settings.steps * (1 if settings.guidance == 1 else 2)
 
-    def _losses(self) -> tuple[dict[str, float], Rows]:
-        """How well the held-out images are denoised: the simple loss, and the bound's part beside it."""
-        p, parts = self.p, {}
-        parts["loss"], bound = metrics.held_out_loss(
-            self.unet,
-            self.diffusion,
-            *self._held_out(p.loss_images),
-            bins=p.loss_bins,
-            batch_size=p.batch_size,
-            seed=p.seed,
-            device=self.device,
-            keep=self.keep,
-        )
-        if bound is not None:
-            parts["bound_loss"] = bound
-        times = [round((i + 0.5) / p.loss_bins * self.diffusion.timesteps) for i in range(p.loss_bins)]
-        rows = [dict(zip(("timestep", *parts), row, strict=True)) for row in zip(times, *parts.values(), strict=True)]
-        return {f"held_out_{name}": sum(part) / len(part) for name, part in parts.items()}, rows
 
-    def _bound(self) -> tuple[dict[str, float], Rows]:
-        """How likely the held-out images are: the whole bound, and its terms summed over equal ranges of t."""
-        p = self.p
-        if not p.bound_images:
-            return {}, []
-        bound = variational_bound(
-            self.unet,
-            self.diffusion,
-            *self._held_out(p.bound_images),
-            variance=self.drawn.variance,
-            batch_size=p.batch_size,
-            seed=p.seed,
-            device=self.device,
-            keep=self.keep,
-        )
-        return {"bits_per_dim": bound.bits_per_dim}, bound.rows(BOUND_RANGES)
-
-    def _nfe(self, settings: Sample) -> int:
-        """Network evaluations per image: guidance takes two per step."""
-        return settings.steps * (1 if settings.guidance == 1 else 2)
-
-    def _drawn_distance(self, settings: Sample, seed: int, count: int, real: distances.Normal) -> float:
-        """The Fréchet distance of newly drawn samples."""
-        images = samplers.draw(
-            self.unet,
-            self.diffusion,
-            settings,
-            seed,
-            count,
-            self.device,
-            keep=self.keep,
-            class_counts=self.class_counts,
-        )
-        name = f"{samplers.settings_name(settings)}-seed-{seed}"
-        fitted = distances.Normal(self._features(images, name), self.device, "new samples")
-        return distances.frechet_distance(fitted, real)
-
-    def _curve(self, headline: float, real: distances.Normal) -> Rows:
-        """How the distance falls with the network evaluations; the one point that is known where no curve is asked for.
-
-        A distance that is not defined has no point.
-        """
-        points = [  # fixed_small, since fixed_large collapses where steps are skipped
-            self.drawn.model_copy(update={"sampler": line.sampler, "steps": steps, "variance": "fixed_small"})
-            for line in self.p.nfe_curve
-            for steps in line.steps
-        ]
-        curve = [(point, self._drawn_distance(point, point.seed, self.p.nfe_samples, real)) for point in points]
-        return [
-            {"sampler": settings.sampler, "nfe": self._nfe(settings), "frechet_distance": value}
-            for settings, value in curve or [(self.drawn, headline)]
-            if not math.isnan(value)
-        ]
+def _drawn_distance(subject: Subject, features: FeatureSets, settings: Sample) -> float:
+    """The Fréchet distance of newly drawn samples to the reference."""
+    images = draw(subject.unet, subject.diffusion, settings, subject.class_counts, subject.store)
+    name = f"{settings_name(settings)}-seed-{settings.seed}"
+    fitted = distances.Normal(subject.features(images, name), features.device, "new samples")
+    return distances.frechet_distance(fitted, features.normal(features.reference))

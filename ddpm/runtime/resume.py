@@ -12,9 +12,10 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,23 +27,42 @@ from ddpm.errors import UserError
 from ddpm.files import write_file
 from ddpm.runtime import processes
 from ddpm.runtime.imports import code_of
+from ddpm.runtime.progress import Progress
 from ddpm.runtime.workspace import lock
 
 MAX_UNFINISHED_RUNS = 10  # per stage; abandoned ones would fill the disk
 ORIGIN = "origin.json"  # in the folder of a state: the code and the libraries that it was made with
-# The parts of a long loop by their names, to what an interrupted run has kept of them, else computes now, in order
-Parts = Sequence[tuple[str, Callable[[], np.ndarray]]]
-Keep = Callable[[Parts], Iterator[np.ndarray]]
 
 
-def not_kept(parts: Parts) -> Iterator[np.ndarray]:
-    """A `Keep` that keeps nothing."""
-    return (compute() for _, compute in parts)
+class Store:
+    """Runs a long loop over batches. This one only computes; `ResumeState` also keeps what is finished."""
+
+    def kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array of this name: here always computed."""
+        return compute()
+
+    def batches(
+        self, name: str, count: int, size: int, compute: Callable[[slice], np.ndarray], bar: Progress
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """The batches of `count` rows, `size` rows each and the last one perhaps fewer: (rows, array), in order.
+
+        Args:
+            name: of the loop, unique in its run and a file name: other work has another name.
+            compute: the array of a batch; it may move the bar as it works.
+            bar: ends at its total, which stands for all rows; it moves for a batch that is read back, too.
+        """
+        for rows in _slices(count, size):
+            array = self.kept(_part(name, rows), partial(compute, rows))
+            bar.update(max(0, bar.total * rows.stop // count - bar.n))
+            yield rows, array
 
 
-def slices(count: int, size: int) -> list[slice]:
-    """`count` rows in parts of at most `size`."""
+def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _part(name: str, rows: slice) -> str:
+    return f"{name}-{rows.start}-{rows.stop}"
 
 
 def fingerprint(*facts: object) -> str:
@@ -130,7 +150,7 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(done)
 
 
-class ResumeState:
+class ResumeState(Store):
     """The folder of one run's state, held by one process at a time, or by several that work as one.
 
     Use as a context manager. Of the stage's unfinished runs that no process holds, the oldest beyond
@@ -240,14 +260,15 @@ class ResumeState:
                     print(f"{path}: damaged, passed over", file=sys.stderr)
         return None
 
-    def keep(self, parts: Parts) -> Iterator[np.ndarray]:
-        """A `Keep` that keeps each part in a file. Several processes share the work, and then each reads all parts."""
+    def batches(
+        self, name: str, count: int, size: int, compute: Callable[[slice], np.ndarray], bar: Progress
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """As `Store.batches`. Finished batches survive a kill. Several processes share the work; each yields all."""
         if processes.size() > 1:
-            for name, compute in parts[processes.rank() :: processes.size()]:
-                self.kept(name, compute)
+            for rows in _slices(count, size)[processes.rank() :: processes.size()]:
+                self.kept(_part(name, rows), partial(compute, rows))
             processes.barrier()  # all are done
-        for name, compute in parts:
-            yield self.kept(name, compute)
+        yield from super().batches(name, count, size, compute, bar)
 
     def kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """The array that an interrupted run kept under this name; where there is none, computed now, and kept."""

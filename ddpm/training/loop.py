@@ -6,7 +6,6 @@ import signal
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.
     noise = samplers.ImageNoise(seed, range(SHOWN), model.config, device)
     path = samplers.timesteps(diffusion.timesteps, min(PREVIEW_STEPS, diffusion.timesteps), "trailing")
     labels = torch.arange(SHOWN, device=device) % classes if (classes := model.config.classes) else None
-    *_, last = samplers.ddim(partial(model, labels=labels), diffusion, noise(), path, noise)
+    *_, last = samplers.ddim(samplers.conditioned(model, labels), diffusion, noise(), path, noise)
     return last.x
 
 
@@ -287,7 +286,7 @@ def _step(
     totals: Tensor | float = 0.0
     for part in range(p.accumulation):
         rows = slice(part, None, p.accumulation)
-        given = partial(network, labels=None if labels is None else labels[rows])
+        given = samplers.conditioned(network, None if labels is None else labels[rows])
         last = part == p.accumulation - 1
         # processes exchange gradients once a step
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():

@@ -286,7 +286,7 @@ def test_a_schedule_is_refused_before_any_work_where_its_tables_would_be(schedul
     tree["diffusion"] |= {"beta_start": betas[0], "beta_end": betas[1]}
     try:
         GaussianDiffusion(DiffusionConfig(timesteps, schedule, "epsilon", *betas))
-    except UserError:
+    except ValueError:
         lines = faults(tree)
         assert lines
         assert all(line.startswith(("params.yaml: diffusion.timesteps", "params.yaml: diffusion.be")) for line in lines)

@@ -16,7 +16,8 @@ import torch
 
 from ddpm.errors import UserError
 from ddpm.runtime import imports, resume, workspace
-from ddpm.runtime.resume import MAX_UNFINISHED_RUNS, ResumeState, fingerprint, not_kept, state_folder, states
+from ddpm.runtime.progress import Progress
+from ddpm.runtime.resume import MAX_UNFINISHED_RUNS, ResumeState, Store, fingerprint, state_folder, states
 from tests.conftest import ROOT
 
 WITHOUT_TORCH = """
@@ -369,12 +370,58 @@ def test_a_part_that_was_kept_is_not_computed_again(state):
     assert len(calls) == 1
     state.kept("a-6", compute)
     assert len(calls) == 2
-    again = state.keep([("a-0", compute), ("a-12", compute), ("a-6", compute)])
-    assert len(list(again)) == 3
-    assert len(calls) == 3  # of the three parts one is new
-    (array,) = not_kept([("a-0", compute)])
-    np.testing.assert_array_equal(array, np.arange(6.0).reshape(2, 3))
-    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("done", [(), (2,), (0, 1), (0, 1, 2, 3)])
+def test_batches_that_were_finished_are_read_back_and_the_bar_counts_them(state, done):
+    """Ten rows, three at a time, four units of the bar per row."""
+    computed, moved = [], []
+
+    def compute(rows):
+        computed.append(rows.start)
+        bar.update(4 * (rows.stop - rows.start))
+        return np.arange(rows.start, rows.stop)
+
+    for store in (state, Store()):
+        computed.clear()
+        moved.clear()
+        for batch in done:
+            rows = slice(3 * batch, min(3 * batch + 3, 10))
+            state.kept(f"a-{rows.start}-{rows.stop}", lambda rows=rows: np.arange(rows.start, rows.stop))
+        with Progress(40, "work", "unit") as bar:
+            arrays = []
+            for rows, array in store.batches("a", 10, 3, compute, bar):
+                arrays.append(array)
+                moved.append((rows.start, rows.stop, bar.n))
+        assert np.concatenate(arrays).tolist() == list(range(10))
+        assert moved == [(0, 3, 12), (3, 6, 24), (6, 9, 36), (9, 10, 40)]
+        assert computed == [3 * i for i in range(4) if store is not state or i not in done]
+
+
+def test_batches_are_kept_as_soon_as_each_is_finished(state):
+    def compute(rows):
+        if rows.start == 6:
+            raise KeyboardInterrupt
+        return np.arange(rows.start, rows.stop)
+
+    with Progress(10, "work", "row") as bar, pytest.raises(KeyboardInterrupt):
+        list(state.batches("a", 10, 3, compute, bar))
+    assert sorted(path.name for path in state.folder.glob("*.npy")) == ["a-0-3.npy", "a-3-6.npy"]
+
+
+def test_processes_share_the_batches_and_each_yields_all(state, monkeypatch):
+    computed = []
+    monkeypatch.setattr(resume.processes, "size", lambda: 2)
+    monkeypatch.setattr(resume.processes, "anywhere", lambda here: computed.append("all are done") or here)
+
+    def compute(rows):
+        computed.append(rows.start)
+        return np.arange(rows.start, rows.stop)
+
+    with Progress(10, "work", "row") as bar:
+        batches = list(state.batches("a", 10, 3, compute, bar))
+    assert computed[:3] == [0, 6, "all are done"]  # the first process's share
+    assert np.concatenate([array for _, array in batches]).tolist() == list(range(10))
 
 
 @DAMAGES

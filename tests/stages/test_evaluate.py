@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 
 from ddpm.config.schema import NfeCurve, Sample, check
-from ddpm.core import samplers
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.evaluation import distances
 from ddpm.model_folder import save_model
+from ddpm.sampling import draw
 from stages import evaluate
 from tests.conftest import composed, small_unet
 
-CPU = torch.device("cpu")
 DIFFUSION = DiffusionConfig(20, "cosine", "v")
 SETTINGS = (
     "diffusion.timesteps=20", "sample.count=24", "sample.batch_size=10", "sample.steps=4", "evaluate.loss_bins=2",
@@ -36,8 +35,8 @@ def images(count, seed):
 
 def drawn(seed, count=24, **changes):
     """The samples of a seed, as the stage sample would draw them."""
-    settings = check(composed(*SETTINGS)).sample.model_copy(update=changes)
-    return samplers.draw(small_unet(), GaussianDiffusion(DIFFUSION), settings, seed, count, CPU)
+    settings = check(composed(*SETTINGS)).sample.model_copy(update={"seed": seed, "count": count} | changes)
+    return draw(small_unet(), GaussianDiffusion(DIFFUSION), settings)
 
 
 def distance(samples):
@@ -289,8 +288,10 @@ def test_further_samples_have_the_classes_of_the_data(inside):
     save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16, "data": {"class_counts": [50, 10]}})
     options = ("model.class_conditional=true", "evaluate.nfe_curve=[{sampler: ddim, steps: [3]}]")
     run(*options, "sample.class_frequencies=data")
-    settings = check(composed(*SETTINGS, *options, "sample.class_frequencies=data", "sample.steps=3")).sample
-    new = samplers.draw(unet, GaussianDiffusion(DIFFUSION), settings, 0, 12, CPU, class_counts=(50, 10))
+    settings = check(
+        composed(*SETTINGS, *options, "sample.class_frequencies=data", "sample.steps=3", "sample.count=12")
+    ).sample
+    new = draw(unet, GaussianDiffusion(DIFFUSION), settings, (50, 10))
     assert rows()[0]["frechet_distance"] == pytest.approx(distance(new), abs=1e-4)
     assert "as often as in the training data" in Path("results/evaluate/card.md").read_text()
     save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16})

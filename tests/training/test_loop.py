@@ -10,7 +10,6 @@ from sklearn.datasets import load_digits
 
 from ddpm.config.checks import steps_per_epoch
 from ddpm.config.schema import Tracking, check
-from ddpm.core import samplers
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.core.ema import EMA
 from ddpm.core.pixels import to_model_range
@@ -21,6 +20,7 @@ from ddpm.errors import UserError
 from ddpm.runtime.resume import ResumeState
 from ddpm.runtime.signals import Interrupted
 from ddpm.runtime.tracking import Tracker
+from ddpm.sampling import draw
 from ddpm.training import loop
 from ddpm.training.loop import Job, make_lr_schedule, train
 from tests.conftest import composed, small_unet
@@ -206,8 +206,8 @@ def brightness(model, classes, guidance=1.0):
     """The mean pixel of 16 samples of each of these classes."""
     diffusion = GaussianDiffusion(DiffusionConfig(50, "cosine", "v"))
     settings = check(composed("sample.steps=10", "sample.batch_size=16", "diffusion.timesteps=50")).sample
-    settings = settings.model_copy(update={"classes": classes, "guidance": guidance})
-    return samplers.draw(model, diffusion, settings, 0, 16, torch.device("cpu")).mean()
+    settings = settings.model_copy(update={"classes": classes, "guidance": guidance, "count": 16})
+    return draw(model, diffusion, settings).mean()
 
 
 def test_a_class_conditional_network_draws_the_class_it_is_asked_for(tmp_path):

@@ -1,0 +1,125 @@
+"""How well a network knows images that it was not trained on: the loss by timestep, and the variational bound."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.core.bound import Bound, bound_sums
+from ddpm.core.diffusion import GaussianDiffusion, Variance
+from ddpm.core.pixels import to_model_range
+from ddpm.core.samplers import Model, conditioned, normal
+from ddpm.core.seeding import generator
+from ddpm.data.batches import as_tensor
+from ddpm.runtime.progress import Progress
+from ddpm.runtime.resume import Store
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that were not trained on.
+
+    Attributes:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,) for a class-conditional network, else None.
+        numbers: the place of each image in its data set, (N,), from which its draws follow, and from nothing else;
+            None for 0 ... N-1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    numbers: np.ndarray | None = None
+
+    def given(self, model: Callable[..., Tensor], rows: slice, device: torch.device) -> tuple[Model, Tensor]:
+        """The network given the labels of these rows, and the images, float32 (B, C, H, W) in [-1, 1]."""
+        labels = None if self.labels is None else torch.from_numpy(np.array(self.labels[rows])).to(device)
+        return conditioned(model, labels), to_model_range(as_tensor(self.images[rows]).to(device))
+
+    def generators(self, seed: int, purpose: str, rows: slice) -> list[np.random.Generator]:
+        """A generator for each image of these rows."""
+        numbers = np.arange(len(self.images)) if self.numbers is None else self.numbers
+        return [generator(seed, purpose, int(number)) for number in numbers[rows]]
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    held_out: HeldOut,
+    *,
+    bins: int,
+    batch_size: int,
+    seed: int,
+    store: Store | None = None,
+) -> tuple[list[float], list[float] | None]:
+    """The simple loss on images that were not trained on, by timestep.
+
+    Each image gets one timestep from each of `bins` equal ranges of [0, T), and fresh noise for each.
+
+    Args:
+        model: on the device of `diffusion`.
+        store: runs the batches; None: nothing is kept.
+
+    Returns:
+        The mean simple loss of each range, from clean to noisy; their mean is the loss over uniform timesteps. And the
+        same for the bound's part of the objective, or None where no variance is learned.
+    """
+    count, device = len(held_out.images), diffusion.device
+
+    def one_batch(rows: slice) -> np.ndarray:
+        given, x0 = held_out.given(model, rows, device)
+        draws = held_out.generators(seed, "held-out", rows)
+        sums = np.zeros((2, bins))
+        for i in range(bins):
+            u = (i + np.array([draw.random() for draw in draws])) / bins  # 1 by rounding, about never
+            steps = np.minimum(u * diffusion.timesteps, diffusion.timesteps - 1).astype(np.int64)
+            t, noise = torch.from_numpy(steps).to(device), normal(draws, x0.shape[1:], device)
+            losses = diffusion.losses(given, x0, t, noise)
+            sums[0, i] = losses.simple.double().sum().item()
+            if losses.bound is not None:
+                sums[1, i] = losses.bound.double().sum().item()
+            bar.update(len(x0))
+        return sums
+
+    totals = np.zeros((2, bins))
+    with Progress(count * bins, "held-out loss", "img") as bar:
+        for _, sums in (store or Store()).batches("held-out", count, batch_size, one_batch, bar):
+            totals += sums
+    simple, bound = (totals / count).tolist()
+    return simple, bound if diffusion.config.learn_variance else None
+
+
+@torch.no_grad()
+def variational_bound(
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    held_out: HeldOut,
+    *,
+    variance: Variance,
+    batch_size: int,
+    seed: int,
+    store: Store | None = None,
+) -> Bound:
+    """Every term of the bound on every image (of a class-conditional network, given its class): T network evaluations
+    per image. Arguments as for `held_out_loss`; variance as for `bound_sums`."""
+    count, steps = len(held_out.images), diffusion.timesteps
+
+    def one_batch(rows: slice) -> np.ndarray:
+        given, x0 = held_out.given(model, rows, diffusion.device)
+        draws = held_out.generators(seed, "bound", rows)
+        return bound_sums(
+            given,
+            diffusion,
+            x0,
+            lambda: normal(draws, x0.shape[1:], diffusion.device),
+            variance,
+            lambda: bar.update(len(x0)),
+        )
+
+    totals = np.zeros((3, steps))
+    with Progress(count * steps, "variational bound", "eval") as bar:
+        for _, sums in (store or Store()).batches("bound", count, batch_size, one_batch, bar):
+            totals += sums
+    return Bound.of(totals, count)

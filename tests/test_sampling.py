@@ -1,0 +1,233 @@
+import numpy as np
+import pytest
+
+from ddpm import sampling
+from ddpm.config.schema import check
+from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.core.pixels import to_pixels
+from ddpm.errors import UserError
+from ddpm.runtime.resume import ResumeState, Store
+from ddpm.sampling import FILM_MOMENTS, STRIP_COLUMNS, Moments, check_variance, chosen_classes, class_sequence
+from tests.conftest import composed, small_unet
+
+PETS = {"class_names": ("cat", "dog"), "num_class_embeds": 3}
+
+
+def settings(**changes):
+    return check(composed()).sample.model_copy(update={"steps": 4, "batch_size": 3} | changes)
+
+
+def test_classes_are_drawn_in_turn_and_each_sample_depends_on_its_own_alone():
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
+    every = sampling.draw(unet, d, settings(count=7))
+    dogs = sampling.draw(unet, d, settings(count=7, classes=["dog"]))
+    turned = sampling.draw(unet, d, settings(count=7, classes=["dog", "cat"], batch_size=7))
+    np.testing.assert_allclose(every[1::2], dogs[1::2], atol=1)
+    np.testing.assert_allclose(turned[::2], dogs[::2], atol=1)
+    assert (every[::2] != dogs[::2]).mean() > 0.1
+    assert (turned[1::2] != dogs[1::2]).mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "fault"),
+    [
+        (PETS, {"classes": ["cow"]}, "sample.classes: 'cow' is no class of models/ddpm; known: cat, dog"),
+        ({"num_class_embeds": 3}, {"classes": [3]}, "'3' is no class of models/ddpm; known: 0, 1, 2"),
+        ({"num_class_embeds": 3}, {"guidance": 2.0}, "sample.guidance = 2: must be 1 .*not learnt to do without"),
+        (PETS | {"num_class_embeds": 2}, {"guidance": 0.5}, "sample.guidance = 0.5: must be 1"),
+        ({}, {"classes": ["cat"]}, "'cat' is no class of models/ddpm; models/ddpm is unconditional"),
+        ({}, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),
+    ],
+)  # fmt: skip
+def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, changes, fault):
+    d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
+    with pytest.raises(UserError, match=fault):
+        sampling.draw(small_unet(**network), d, settings(count=2, **changes))
+
+
+MANY = {"class_names": tuple("abcdefg"), "num_class_embeds": 7}
+COUNTS = (5000, 3000, 1200, 500, 0, 250, 50)
+
+
+def test_classes_are_drawn_as_often_as_the_data_has_them_in_every_prefix():
+    config, p = small_unet(**MANY).config, settings(class_frequencies="data")
+    sequence = np.array(class_sequence(p, config, COUNTS, 5000))
+    drawn = np.cumsum(sequence[:, None] == np.arange(7), axis=0)
+    expected = np.arange(1, 5001)[:, None] * np.array(COUNTS) / sum(COUNTS)
+    assert abs(drawn - expected).max() <= 1
+    assert class_sequence(p, config, COUNTS, 100) == sequence[:100].tolist()
+    assert drawn[-1].tolist() == [2500, 1500, 600, 250, 0, 125, 25]
+
+
+def test_the_classes_that_are_asked_for_keep_their_frequencies():
+    config = small_unet(**MANY).config
+    p = settings(class_frequencies="data", classes=["f", "b", "b"])
+    assert np.bincount(class_sequence(p, config, COUNTS, 1300)).tolist() == [0, 1200, 0, 0, 0, 100]
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "counts", "fault"),
+    [
+        (MANY, {}, (), "training.json does not hold the class_counts of its 7 classes; set it to equal"),
+        (MANY, {}, (1, 2), "training.json does not hold the class_counts of its 7 classes; set it to equal"),
+        (MANY, {"classes": ["e"]}, COUNTS, r"no image of sample.classes = \['e'\]; set it to equal"),
+        ({}, {}, (), "models/ddpm is unconditional; set it to equal"),
+    ],
+)
+def test_frequencies_that_are_not_known_are_refused(network, changes, counts, fault):
+    p = settings(class_frequencies="data", **changes)
+    with pytest.raises(UserError, match=f"sample.class_frequencies = data: .*{fault}"):
+        class_sequence(p, small_unet(**network).config, counts, 10)
+
+
+def test_samples_have_the_classes_of_the_sequence_whatever_the_batch():
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
+    options = {"class_counts": (1, 3)}
+    whole = sampling.draw(unet, d, settings(count=8, class_frequencies="data", batch_size=8), **options)
+    parts = sampling.draw(unet, d, settings(count=8, class_frequencies="data"), **options)
+    np.testing.assert_allclose(whole.astype(int), parts, atol=1)
+    dogs = sampling.draw(unet, d, settings(count=8, classes=["dog"])).astype(int)
+    apart = abs(whole - dogs).max(axis=(1, 2, 3)) > 1
+    assert apart.tolist() == [c == 0 for c in class_sequence(
+        settings(class_frequencies="data"), unet.config, (1, 3), 8)]  # fmt: skip
+    assert apart.sum() == 2
+
+
+def test_settings_that_change_an_image_change_the_name_of_its_part():
+    names = []
+
+    class Names(Store):
+        def kept(self, name, compute):
+            names.append(name)
+            return np.zeros((2, 8, 8, 1), np.uint8)
+
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "linear", "v")), small_unet(**PETS)
+    changes = [
+        {}, {"steps": 5}, {"sampler": "ddpm"}, {"spacing": "quadratic"}, {"eta": 0.5}, {"variance": "fixed_large"},
+        {"classes": ["cat"]}, {"class_frequencies": "data"}, {"guidance": 2.0}, {"spacing": "quadratic", "steps": 900},
+        {"spacing": "quadratic", "steps": 901},
+    ]  # fmt: skip
+    for change in changes:
+        sampling.draw(unet, d, settings(count=2, **change), store=Names(), class_counts=(1, 2))
+    sampling.draw(unet, d, settings(seed=1, count=2), store=Names())
+    assert len(set(names)) == len(names) == len(changes) + 1
+    sampling.draw(unet, d, settings(count=2, grid=3), store=Names())
+    assert names[-1] == names[0]
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned"])
+def test_a_learned_variance_that_is_not_used_is_said(capsys, variance):
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon", learn_variance=True))
+    check_variance(settings(variance=variance), d)
+    said = "note: models/ddpm has learned its variance, and sample.variance = fixed_small does not use it"
+    assert capsys.readouterr().out.startswith(said) == (variance != "learned")
+
+
+def test_a_variance_that_was_not_learned_is_refused():
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
+    with pytest.raises(UserError, match=r"sample.variance = learned: models/ddpm has learned no variance; set it to"):
+        check_variance(settings(variance="learned"), d)
+
+
+def test_what_is_drawn_is_the_last_state_in_rounded_pixels():
+    d, states = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), []
+    images = sampling.draw(small_unet(), d, settings(count=3), on_step=lambda start, i, x: states.append(x))
+    np.testing.assert_array_equal(images, to_pixels(states[-1]))
+    assert images.dtype == np.uint8
+
+
+def test_a_conditional_network_of_unknown_names_is_drawn_by_number():
+    d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(num_class_embeds=3)
+    assert chosen_classes(settings(), unet.config) == [0, 1, 2]
+    assert sampling.draw(unet, d, settings(count=2, classes=[2])).shape == (2, 8, 8, 1)
+
+
+def filmed(folder, count, batch_size, steps=4, damage=False, stop_at=None):
+    """The strip, the film and the samples."""
+    changes = {"steps": steps, "batch_size": batch_size}
+    d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v"))
+
+    def draw(count, on_step, store=None):
+        return sampling.draw(small_unet(), d, settings(count=count, **changes), (), store, on_step)
+
+    with ResumeState(folder) as state:
+        moments = Moments(steps, count, batch_size, 64, state)
+
+        def watch(start, evaluations, x):
+            if (start, evaluations) == stop_at:
+                raise KeyboardInterrupt
+            moments.watch(start, evaluations, x)
+
+        images = draw(count, watch, state)
+        if damage:
+            (folder / "moments-0.npy").write_bytes(b"damaged")
+        return *moments.pictures(draw), images
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 7, 47, 48, 49])
+def test_strip_and_film_show_the_same_images_whatever_the_batch(tmp_path, batch_size):
+    whole_strip, whole_film, images = filmed(tmp_path / "whole", 50, 50)
+    strip, film, _ = filmed(tmp_path / "parts", 50, batch_size)
+    assert strip.shape == (6, 5, 8, 8, 1)  # the noise and 4 steps
+    assert [moment.shape for moment in film] == [(48, 8, 8, 1)] * 5
+    np.testing.assert_allclose(strip.astype(int), whole_strip, atol=1)
+    np.testing.assert_allclose(np.array(film).astype(int), whole_film, atol=1)
+    np.testing.assert_allclose(film[-1].astype(int), images[:48], atol=1)
+    np.testing.assert_allclose(strip[:, -1].astype(int), images[:6], atol=1)
+
+
+@pytest.mark.parametrize("count", [2, 5, 6, 7])
+def test_of_few_samples_all_are_shown(tmp_path, count):
+    strip, film, _ = filmed(tmp_path, count, 2)
+    assert len(strip) == min(count, 6)
+    assert len(film[0]) == count
+
+
+def test_many_steps_are_shown_at_moments_from_noise_to_image(tmp_path):
+    strip, film, images = filmed(tmp_path, 3, 2, steps=200)
+    assert strip.shape[1] == STRIP_COLUMNS
+    assert len(film) == FILM_MOMENTS
+    np.testing.assert_array_equal(strip[:, -1], images)
+
+
+def test_moments_of_an_interrupted_run_are_shown_whole_by_the_next(tmp_path):
+    expected = filmed(tmp_path / "whole", 10, 3)
+    with pytest.raises(KeyboardInterrupt):
+        filmed(tmp_path / "state", 10, 3, stop_at=(6, 2))  # two batches are kept, and not drawn again
+    again = filmed(tmp_path / "state", 10, 3)
+    for one, other in zip(again, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_damaged_moments_are_drawn_again(tmp_path):
+    expected, found = filmed(tmp_path / "whole", 10, 3), filmed(tmp_path / "damaged", 10, 3, damage=True)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"steps": 11}, "^params.yaml: sample.steps = 11: must be from 1 to 10, the timesteps of the model$"),
+        ({"variance": "learned"}, "sample.variance = learned: models/ddpm has learned no variance"),
+        ({"classes": ["cat"]}, "'cat' is no class of models/ddpm"),
+        ({"guidance": 2.0}, "sample.guidance = 2: must be 1"),
+        ({"class_frequencies": "data"}, "sample.class_frequencies = data: models/ddpm is unconditional"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_before_any_work(changes, fault):
+    d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
+    with pytest.raises(UserError, match=fault):
+        sampling.check_settings(settings(**changes), small_unet(), d)
+    sampling.check_settings(settings(), small_unet(), d)
+
+
+def test_samples_that_are_filmed_are_those_that_are_drawn(tmp_path):
+    d, unet, p = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(), settings(count=5)
+    with ResumeState(tmp_path) as state:
+        images, strip, film = sampling.draw_filmed(unet, d, p, (), state)
+    np.testing.assert_array_equal(images, sampling.draw(unet, d, p))
+    np.testing.assert_array_equal(strip[:, -1], images)
+    np.testing.assert_array_equal(film[-1], images)
+    for one, other in zip(sampling.draw_filmed(unet, d, p, (), Store()), (images, strip, film), strict=True):
+        np.testing.assert_array_equal(one, other)  # with nothing kept, the first ones are drawn again
