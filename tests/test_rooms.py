@@ -1,0 +1,148 @@
+"""The rule of the house: imports go down the floors, and the core knows nothing but torch and NumPy."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# From the ground up. A module imports from its own room and from the floors below; `core` stands beside the house.
+FLOORS = (
+    ("errors",),
+    ("config",),
+    ("files",),
+    ("pictures",),
+    ("runtime",),
+    ("data", "model_folder"),
+    ("data.prepare", "sampling"),
+    ("evaluation", "training"),  # both draw samples
+    ("stages",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# What breaks the rule today: (importing file, imported module)
+EXCEPTIONS = {
+    # `unet_config` is on its way to the training, which reads settings
+    ("ddpm/core/unet.py", "ddpm.config.schema"),
+    ("ddpm/core/unet.py", "ddpm.errors"),
+}
+# The schema refuses a schedule that floats cannot hold, with the arithmetic of the core that needs no torch
+CORE_FOR_CONFIG = "ddpm.core.schedules"
+
+FILES = sorted(path.relative_to(ROOT).as_posix() for room in ("ddpm", "stages") for path in (ROOT / room).rglob("*.py"))
+
+
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports_of(path: str, text: str | None = None) -> Iterator[str]:
+    """Every module that a file imports, at its top, in a function or for its types alone: a room that knows another
+    room's types knows that room."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text() if text is None else text)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            names = [f"{node.module}.{name.name}" for name in node.names]
+            modules = [name for name in names if is_module(name)]
+            yield from modules
+            if len(modules) < len(names):
+                yield str(node.module)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def room_of(module: str) -> str:
+    """The longest name in FLOORS that the module belongs to, or `core`."""
+    name = module.removeprefix("ddpm.")
+    rooms = [room for room in (*FLOOR, "core") if name == room or name.startswith(f"{room}.")]
+    assert rooms, f"{module}: belongs to no room: give it a floor"
+    return max(rooms, key=len)
+
+
+def faults_of(path: str, text: str | None = None) -> list[tuple[str, str]]:
+    """The imports of a file that break the rule."""
+    room, faults = room_of(module_of(path)), []
+    for imported in imports_of(path, text):
+        ours = imported.split(".")[0] in ("ddpm", "stages")
+        if room == "core":
+            allowed = sys.stdlib_module_names | {"torch", "numpy"}
+            fine = room_of(imported) == "core" if ours else imported.split(".")[0] in allowed
+        elif not ours:
+            continue
+        elif room_of(imported) == "core":
+            fine = room != "runtime" and (room != "config" or imported == CORE_FOR_CONFIG)
+        else:
+            fine = room_of(imported) == room or FLOOR[room_of(imported)] < FLOOR[room]
+        if not fine:
+            faults.append((path, imported))
+    return faults
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != "ddpm/__init__.py"])
+def test_imports_go_down_the_floors(path):
+    assert set(faults_of(path)) == {fault for fault in EXCEPTIONS if fault[0] == path}
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("ddpm/core/bound.py", "import ddpm.runtime.resume"),
+        ("ddpm/core/bound.py", "def f():\n    from ddpm.errors import UserError"),
+        ("ddpm/core/bound.py", "from tqdm import tqdm"),
+        ("ddpm/core/bound.py", "from ddpm import pictures"),
+        ("ddpm/runtime/stage.py", "from ddpm.core import seeding"),
+        ("ddpm/runtime/stage.py", "from ddpm.data.batches import load_info"),
+        ("ddpm/files.py", "from ddpm.runtime.stage import root"),
+        ("ddpm/pictures.py", "from ddpm.runtime import stage"),
+        ("ddpm/config/schema.py", "from ddpm.core.diffusion import Schedule"),
+        ("ddpm/config/schema.py", "if TYPE_CHECKING:\n    from ddpm.data.batches import Info"),
+        ("ddpm/errors.py", "from ddpm.config import schema"),
+        ("ddpm/data/batches.py", "from ddpm.data.prepare import prepare"),
+        ("ddpm/data/batches.py", "from ddpm import model_folder"),
+        ("ddpm/model_folder.py", "from ddpm.data import batches"),
+        ("ddpm/sampling.py", "from ddpm.data.prepare import prepare"),
+        ("ddpm/training/loop.py", "from ddpm.evaluation import distances"),
+        ("ddpm/sampling.py", "from ddpm.evaluation import features"),
+        ("ddpm/sampling.py", "from stages import sample"),
+    ],
+)
+def test_an_import_that_breaks_the_rule_is_found(path, text):
+    assert len(faults_of(path, text)) == 1
+
+
+def test_a_module_without_a_floor_is_found():
+    with pytest.raises(AssertionError, match="belongs to no room"):
+        faults_of("ddpm/errors.py", "import ddpm.utilities")
+
+
+@pytest.mark.process
+@pytest.mark.xfail(strict=True, reason="ddpm/core/unet.py imports the schema; see EXCEPTIONS")
+def test_the_samplers_load_without_the_libraries_of_the_pipeline():
+    code = (
+        "import sys; from ddpm.core.samplers import ddim; "
+        "print([m for m in ('pydantic', 'omegaconf', 'yaml', 'tqdm', 'psutil', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.process
+@pytest.mark.xfail(strict=True, reason="ddpm/core/unet.py imports the schema; see EXCEPTIONS")
+def test_the_core_works_where_it_is_copied_alone(tmp_path):
+    for path in (ROOT / "ddpm/core").glob("*.py"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    names = sorted(path.stem for path in Path(tmp_path, "ddpm/core").glob("[a-z]*.py"))
+    code = f"import sys; sys.path.insert(0, '.'); from ddpm.core import {', '.join(names)}; print(unet.__file__)"
+    options = {"cwd": tmp_path, "check": True, "stdout": subprocess.PIPE, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.stdout.strip() == str(tmp_path / "ddpm/core/unet.py")
