@@ -1,5 +1,6 @@
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_an_array_is_saved_in_numpys_bytes_and_read_back_mapped(tmp_path):
     assert isinstance(loaded, np.memmap) and np.array_equal(loaded, array)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_an_array_that_fills_the_disk_is_reported_with_its_file(tmp_path):
     (tmp_path / ".array.npy.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space") as caught:
