@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks.workers import Tell, cost, repeat
-from ddpm.config.schema import Params, check
+from ddpm.config.load import check
+from ddpm.config.schema import Params
 from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -52,7 +53,7 @@ def _diffusion(p: Params, device: Any) -> Any:
 
 
 def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = None) -> Any:
-    """The averaged network of a whole training, by the project's own loop; `turn` is called every log_every steps."""
+    """The averaged network of a whole training, by the project's own loop; calls `turn` at each point of its curves."""
     from ddpm.runtime.device import choose_device
     from ddpm.runtime.resume import ResumeState
     from ddpm.runtime.tracking import Tracker
@@ -89,10 +90,10 @@ def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overr
         f"model.base_channels={channels}",
         "diffusion=linear",
         f"train.batch_size={batch}",
-        f"train.log_every={steps}",
+        f"train.log_every_steps={steps}",
         "train.steps=1000000",
-        "train.sample_every=0",
-        "train.save_every=1e9",  # its clock would also run while the others take their turns
+        "train.preview_every_epochs=0",
+        "train.save_every_seconds=1e9",  # its clock would also run while the others take their turns
         "train.compile=false",  # unless it is asked for below
         *overrides,
     )
@@ -177,7 +178,7 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
     from ddpm.sampling import draw
 
     def train(steps: int) -> Any:
-        lengths = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", "train.sample_every=0"]
+        lengths = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", "train.preview_every_epochs=0"]
         return _train(params(*SOONEST, *lengths), np.load(images))
 
     def samples(model: Any) -> np.ndarray:

@@ -17,7 +17,7 @@ OUT = Path("data/prepared")
 
 def main(params: Any) -> None:
     # after the parameters are checked, since they load numpy, Pillow and torch
-    from ddpm.config.schema import load_all
+    from ddpm.config.load import load_all
     from ddpm.data.prepare import prepare
 
     p, later = params.dataset, load_all()  # all sections, to refuse now what a later stage would

@@ -14,7 +14,7 @@ DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results
 
 def main(params: Any) -> None:
     # torch is imported here, after the environment that makes it reproducible is set
-    from ddpm.config.schema import load_all
+    from ddpm.config.load import load_all
     from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
     from ddpm.core.unet import UNet, unet_config
     from ddpm.data.batches import load_images, load_info, load_labels, watch

@@ -314,7 +314,7 @@ def trained(tmp_path):
 
 def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
     # steps that are too small to change a float: what comes back is what it started from, live and averaged
-    still = ("train.steps=2", "train.warmup_steps=0", "train.log_every=1", "optimizer.lr=1e-30")
+    still = ("train.steps=2", "train.warmup_steps=0", "train.log_every_steps=1", "optimizer.lr=1e-30")
     model, _ = train(tmp_path, f"train.init_from={trained}", *still)
     assert same(model, small_unet())
     assert model.config.dropout == 0.1  # of the parameters, not of the folder
@@ -359,7 +359,7 @@ def test_the_train_stage_fine_tunes_and_tells_other_weights_of_the_same_folder_a
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     run_stage(prepare_data)
-    short = ("train.steps=2", "train.warmup_steps=0", "train.sample_every=0")
+    short = ("train.steps=2", "train.warmup_steps=0", "train.preview_every_epochs=0")
     run_stage(train_stage, *short)
     with pytest.raises(
         UserError, match=r"train\.init_from = 'models/ddpm': is removed before each training; start from a"

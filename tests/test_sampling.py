@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ddpm import sampling
-from ddpm.config.schema import check
+from ddpm.config.load import check
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.core.pixels import to_pixels
 from ddpm.errors import UserError

@@ -1,19 +1,17 @@
-"""Faults of single settings that show only beside other things: the length of the training, files, the prepared data.
+"""Faults that need more than a setting's bounds: the length of the training, files, the prepared data.
 
-Every stage checks all of params.yaml, and prepare_data all that the data decides, so that a setting of a later stage is
-refused by the first stage and not after hours of training. Imports neither torch nor numpy (see ddpm/config/schema.py).
+Every stage checks all of params.yaml, and prepare_data all that the data decides, so that a wrong setting
+of a later stage stops the first stage, not the run after hours of training. Imports neither torch nor NumPy.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddpm.config.costs import evaluation_faults
+from ddpm.config.schema import Params
 from ddpm.config.targets import near, shown
 from ddpm.errors import UserError, legible
-
-if TYPE_CHECKING:
-    from ddpm.config.schema import Params
 
 MODEL = Path("models/ddpm")  # which dvc removes before each training
 Faults = Iterator[tuple[str, str]]  # the path of a setting, and what is wrong with its value
@@ -27,25 +25,36 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return max(1, images // batch_size)
 
 
+def fault_lines(faults: Faults, params: Params) -> Iterator[str]:
+    """Each fault as a line: the path of the setting, its value where the file gives one, and the message."""
+    for path, message in faults:
+        value: Any = params
+        given = True
+        for part in path.split("."):
+            given = isinstance(value, list) or part in value.model_fields_set
+            value = value[int(part)] if isinstance(value, list) else getattr(value, part)
+        yield f"{path} = {shown(value)}: {message}" if given else f"{path}: {message}"
+
+
 # Without data: what each stage checks
 
 
-def _length(params: "Params") -> Faults:
+def _length(params: Params) -> Faults:
     steps = params.train.steps
     if steps is not None and params.train.warmup_steps > steps:
         yield "train.warmup_steps", f"longer than the training, train.steps = {steps}; a tenth of it is usual"
 
 
-def _processes(params: "Params") -> Faults:
+def _processes(params: Params) -> Faults:
     p, processes = params.train, params.runtime.processes or 1
     if p.batch_size % (p.accumulation * processes):
         several = f" x runtime.processes = {processes}" if processes > 1 else ""
         yield "train.batch_size", f"must be a multiple of train.accumulation = {p.accumulation}{several}"
 
 
-def _files(params: "Params") -> Faults:
+def _files(params: Params) -> Faults:
     weights, init = params.evaluate.inception_weights, params.train.init_from
-    if params.evaluate.features == "inception" and weights is not None and not Path(weights).is_file():
+    if weights is not None and not Path(weights).is_file():
         yield (
             "evaluate.inception_weights",
             "there is no such file; give weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases, null "
@@ -60,15 +69,15 @@ def _files(params: "Params") -> Faults:
         yield "train.init_from", f"{what}; give a copy of models/ddpm, or a folder that diffusers has saved"
 
 
-def setting_faults(params: "Params") -> list[str]:
-    """What is wrong with the settings whatever the data, one line a fault."""
-    return [line for check in (_length, _processes, _files) for line in _lines(check(params), params)]
+def setting_faults(params: Params) -> list[str]:
+    """Faults of the settings whatever the data, one line per fault."""
+    return [line for check in (_length, _processes, _files) for line in fault_lines(check(params), params)]
 
 
 # With data: what prepare_data checks before it replaces the old data, and train before it starts
 
 
-def _warmup(params: "Params", info: Mapping[str, Any]) -> Faults:
+def _warmup(params: Params, info: Mapping[str, Any]) -> Faults:
     p = params.train
     if p.epochs is None:
         return
@@ -80,7 +89,7 @@ def _warmup(params: "Params", info: Mapping[str, Any]) -> Faults:
         )
 
 
-def _classes(params: "Params", info: Mapping[str, Any]) -> Faults:
+def _classes(params: Params, info: Mapping[str, Any]) -> Faults:
     names, wanted = info["classes"], params.sample.classes
     if not params.model.class_conditional:
         return
@@ -96,25 +105,19 @@ def _classes(params: "Params", info: Mapping[str, Any]) -> Faults:
             yield "sample.classes", f"{shown(name)} is no class of the data{legible(near(name, names))}; known: {known}"
 
 
-def _costs(params: "Params", info: Mapping[str, Any]) -> Faults:
+def _costs(params: Params, info: Mapping[str, Any]) -> Faults:
     return evaluation_faults(params, info["shape"], info["counts"])
 
 
-CHECKS: list[Callable[["Params", Mapping[str, Any]], Faults]] = [_warmup, _classes, _costs]
+CHECKS: list[Callable[[Params, Mapping[str, Any]], Faults]] = [_warmup, _classes, _costs]
 
 
-def check_data(params: "Params", info: Mapping[str, Any]) -> None:
+def check_data(params: Params, info: Mapping[str, Any]) -> None:
     """Check the settings of all stages beside the data: `info` is the content of dataset.json.
 
     Raises:
-        UserError: one line a fault.
+        UserError: one line per fault.
     """
-    lines = [line for check in CHECKS for line in _lines(check(params, info), params)]
+    lines = [line for check in CHECKS for line in fault_lines(check(params, info), params)]
     if lines:
         raise UserError("\n".join(f"params.yaml: {line}" for line in lines))
-
-
-def _lines(faults: Faults, params: "Params") -> Iterator[str]:
-    for path, message in faults:
-        section, _, name = path.partition(".")
-        yield f"{path} = {shown(getattr(getattr(params, section), name))}: {message}"

@@ -1,6 +1,6 @@
-"""What an evaluation costs, from counts alone: what cannot end is refused before a training and not after it.
+"""The cost of an evaluation, from counts alone: one that cannot end is refused before the training, not after it.
 
-Imports neither torch nor NumPy, as ddpm/config/schema.py.
+Imports neither torch nor NumPy.
 """
 
 import os
@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ddpm.config.schema import Params
+from ddpm.config.schema import Params
 
 CPU_RATE, GPU_RATE = 1e10, 5e11  # float64 operations per second: of a CPU thread, of a GPU; low, to be safe
 MOST_HOURS = 12
@@ -29,7 +27,7 @@ class Cost:
     memory: float
 
 
-def evaluation_cost(params: "Params", shape: Sequence[int], counts: Mapping[str, int]) -> Cost:
+def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, int]) -> Cost:
     """The cost of all distances that `evaluate` computes; the routes are those of ddpm/evaluation/distances.py.
 
     Args:
@@ -71,7 +69,7 @@ def _pair(a: int, b: int, width: int) -> Cost:
 
 
 def evaluation_faults(
-    params: "Params", shape: Sequence[int], counts: Mapping[str, int], memory: int | None = None
+    params: Params, shape: Sequence[int], counts: Mapping[str, int], memory: int | None = None
 ) -> Iterator[tuple[str, str]]:
     """Why an evaluation would not end on this machine: the path of a setting, and what is wrong with its value.
 

@@ -50,7 +50,7 @@ def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
         # dvc and its stages are in one group; torchrun gives each process its own
         signals.die_with_parent(shares_group="DVC_STAGE" in os.environ and not processes.is_worker())
         _check_checkout()
-        from ddpm.config.schema import load_params  # slow to import; the signal handlers must be in place first
+        from ddpm.config.load import load_params  # slow to import; the signal handlers must be in place first
 
         params = load_params(sections)
         _set_environment(params)

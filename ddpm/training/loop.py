@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from ddpm.config.checks import steps_per_epoch
-from ddpm.config.schema import Instance, Runtime, Train
+from ddpm.config.schema import Runtime, TargetNode, Train
 from ddpm.config.targets import LR_SCHEDULER, OPTIMIZER, build
 from ddpm.core import samplers
 from ddpm.core.diffusion import GaussianDiffusion
@@ -47,7 +47,7 @@ MEMORY_ADVICE = (
 )
 
 
-def make_lr_schedule(node: Instance | None, optimizer: Optimizer, warmup: int, steps: int) -> LRScheduler:
+def make_lr_schedule(node: TargetNode | None, optimizer: Optimizer, warmup: int, steps: int) -> LRScheduler:
     """Linear warm-up, then the scheduler that `node` names; None keeps the peak.
 
     Where the scheduler takes its length (T_max, total_iters or total_steps) and `node` leaves it out, it is the
@@ -74,19 +74,19 @@ def make_lr_schedule(node: Instance | None, optimizer: Optimizer, warmup: int, s
     return SequentialLR(optimizer, [rise, after], milestones=[warmup])
 
 
-def epochs_per_preview(sample_every: int, epoch: int, whole: int) -> int:
-    """The smallest multiple of `sample_every` at which previews are neither the main work nor too many to look at.
+def epochs_per_preview(every: int, epoch: int, whole: int) -> int:
+    """The smallest multiple of `every` at which previews are neither the main work nor too many to look at.
 
     Args:
-        sample_every: epochs that are asked for; 0 for no previews.
+        every: epochs that are asked for; 0 for no previews.
         epoch: training images per epoch.
         whole: training images in all.
     """
-    if not sample_every:
+    if not every:
         return 0
     # a training image costs three forward passes, so that previews take a quarter of the training's time at most
     apart = max(SHOWN * PREVIEW_STEPS / 0.75, whole / MOST_PREVIEWS)
-    return sample_every * math.ceil(apart / (sample_every * epoch))
+    return every * math.ceil(apart / (every * epoch))
 
 
 def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.device) -> Tensor:
@@ -104,8 +104,8 @@ class Job:
 
     runtime: Runtime
     train: Train
-    optimizer: Instance
-    lr_schedule: Instance | None
+    optimizer: TargetNode
+    lr_schedule: TargetNode | None
     diffusion: GaussianDiffusion
     device: torch.device
     tracker: Tracker
@@ -135,11 +135,12 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
         )
     per_epoch = steps_per_epoch(len(images), p.batch_size)
     total = p.steps if p.steps is not None else per_epoch * (p.epochs or 0)
-    preview_every = epochs_per_preview(p.sample_every, per_epoch * p.batch_size, total * p.batch_size)
+    preview_every = epochs_per_preview(p.preview_every_epochs, per_epoch * p.batch_size, total * p.batch_size)
     if p.batch_size > len(images):
         print(f"train.batch_size = {p.batch_size}: more than the {len(images)} images, so each step repeats some")
-    if preview_every > p.sample_every:
-        print(f"train.sample_every = {p.sample_every}: epochs are short, so previews are {preview_every} epochs apart")
+    if preview_every > p.preview_every_epochs:
+        asked = f"train.preview_every_epochs = {p.preview_every_epochs}"
+        print(f"{asked}: epochs are short, so previews are {preview_every} epochs apart")
     if p.init_from is None:
         initialise(model, torch.Generator().manual_seed(derive(p.seed, "init")))
     else:
@@ -158,7 +159,7 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
     parts: dict[str, Any] = {"model": model, "ema": ema.model, "optimizer": optimizer, "schedule": schedule}
     history: list[tuple[int, dict[str, float]]] = []
     curves = ("loss", *(["bound_loss"] if job.diffusion.config.learn_variance else []), "grad_norm")
-    window = _Window(curves, min(p.log_every, total), device)
+    window = _Window(curves, min(p.log_every_steps, total), device)
     start = 0
     if (saved := state.load()) is not None:
         start, history = saved["step"], saved["history"]
@@ -214,11 +215,11 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
             busy += time.monotonic() - before
             if step == start:
                 print(f"first step after {seconds_since_start():.1f} s", flush=True)
-            if done % p.log_every == 0 or done == total:
+            if done % p.log_every_steps == 0 or done == total:
                 metrics = window.take(step) | {"learning_rate": rate}
                 history.append((done, metrics))
                 now = time.monotonic()
-                job.tracker.log(done, metrics, _speed(p.log_every * p.batch_size, now - told_at, device))
+                job.tracker.log(done, metrics, _speed(p.log_every_steps * p.batch_size, now - told_at, device))
                 told_at = now
                 bar.set_postfix(step=done, loss=f"{metrics['loss']:.4f}", refresh=False)
             bar.update(p.batch_size)
@@ -227,7 +228,7 @@ def train(model: UNet, images: np.ndarray, labels: np.ndarray, job: Job, state: 
                 pixels = to_pixels(preview(ema.model, job.diffusion, p.seed, device))
                 job.tracker.log_picture(done, f"samples_epoch_{epoch:05d}", grid(pixels), job.folder)
             # at the end of an epoch too, unless epochs are so short that saving would take over 1 % of the time
-            wait = min(p.save_every, 100 * cost) if within == 0 else p.save_every
+            wait = min(p.save_every_seconds, 100 * cost) if within == 0 else p.save_every_seconds
             late = time.monotonic() - saved_at > wait and processes.rank() == 0
             if processes.any_process(late or bool(signals)):
                 cost = save(done)

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from ddpm.config.costs import evaluation_cost, evaluation_faults
-from ddpm.config.schema import check
+from ddpm.config.load import check
 from tests.conftest import ROOT, composed
 
 GIB = 2**30

@@ -116,7 +116,7 @@ def test_a_class_that_can_never_work_is_refused_with_the_reason(kind, name):
         assert line.startswith("here.transforms.0._target_ = ")
 
 
-def test_all_faults_of_a_mapping_are_told():
+def test_all_faults_of_a_mapping_are_reported():
     node = {
         "_target_": f"{V2}.RandomApply",
         "pp": 1,
@@ -217,7 +217,7 @@ def test_a_refusal_of_the_constructor_names_the_target(node, kind, args):
     assert "\n" not in str(caught.value)
 
 
-def test_a_schedule_that_goes_on_from_nowhere_is_refused_with_its_name():
+def test_a_schedule_that_resumes_from_nowhere_is_refused_with_its_name():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     node = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "last_epoch": 5}
     with pytest.raises(ValueError, match=r"torch\.optim\.lr_scheduler\.StepLR: "):  # torch raises KeyError

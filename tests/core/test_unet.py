@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config.schema import check
+from ddpm.config.load import check
 from ddpm.core.unet import Dropout, UNet, UNetConfig, Upsample, initialise, timestep_embedding, unet_config
 from tests.conftest import composed, small_unet
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from ddpm.config.schema import check
+from ddpm.config.load import check
 from ddpm.evaluation import card as cards
 from tests.conftest import composed
 

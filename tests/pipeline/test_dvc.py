@@ -162,9 +162,7 @@ def test_a_command_in_a_parameter_that_dvc_puts_into_the_pipeline_is_a_path_and_
 
 
 def test_an_override_reruns_only_what_uses_it_and_its_experiment_is_kept_or_forgotten(smoke):
-    out = smoke.dvc(
-        "exp", "run", "-n", "ddpm-sampler", *SMOKE, "-S", "sample.sampler=ddpm", "-S", "evaluate.bound_images=0"
-    )
+    out = smoke.dvc("exp", "run", "-n", "ddpm-sampler", *SMOKE, "-S", "sample=ddpm", "-S", "evaluate.bound_images=0")
     ran = re.findall(r"Running stage '(\w+)'", out)
     assert ran == ["sample", "evaluate"]
     assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
@@ -184,7 +182,7 @@ def test_an_override_reruns_only_what_uses_it_and_its_experiment_is_kept_or_forg
 def test_a_trial_of_a_queued_sweep_that_diverges_is_told_as_failed_and_does_not_harm_the_next(smoke):
     smoke.dvc(
         "exp", "run", "--queue", *SMOKE, "-S", "optimizer=sgd", "-S", "train.grad_clip=null", "-S", "train.steps=12",
-        "-S", "train.sample_every=0", "-S", "diffusion.timesteps=20", "-S", "sample.steps=2",
+        "-S", "train.preview_every_epochs=0", "-S", "diffusion.timesteps=20", "-S", "sample.steps=2",
         "-S", "evaluate.loss_images=8", "-S", "optimizer.lr=1e30,1e-2",
     )  # fmt: skip
     smoke.dvc("queue", "start", "-j", "1")

@@ -32,7 +32,7 @@ OVERRIDES = (
     "train.warmup_steps=2",
     "train.batch_size=16",
     "train.flip=true",
-    "train.log_every=2",
+    "train.log_every_steps=2",
     "train.label_dropout=0.1",
     "sample.count=24",
     "sample.batch_size=16",
@@ -72,7 +72,7 @@ def probe(*more: str, digits: bool = True) -> dict[str, str]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from ddpm.config.schema import load_params
+    from ddpm.config.load import load_params
     from ddpm.evaluation import card
     from stages import evaluate, prepare_data, sample, train
 

@@ -33,7 +33,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ddpm.config.schema import Dataset, check, load_params
+from ddpm.config.load import check, load_params
+from ddpm.config.schema import Dataset
 from ddpm.config.targets import TRANSFORM, allowed_names, argument_names
 from ddpm.core import samplers
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion

@@ -40,8 +40,8 @@ COMMANDS = {
 OVERRIDES = (
     "+experiment=smoke",
     "train.steps=60",
-    "train.save_every=0.3",
-    "train.sample_every=1",
+    "train.save_every_seconds=0.3",
+    "train.preview_every_epochs=1",
     "diffusion.timesteps=100",
     "sample.steps=5",
 )

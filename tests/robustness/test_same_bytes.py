@@ -18,7 +18,7 @@ def test_threads_and_loader_workers_change_no_byte_of_any_stage(tmp_path: Path) 
     for threads, workers in (("1", 0), ("4", 3)):
         folder = tmp_path / threads
         folder.mkdir()
-        small = "'train.sample_every=0', 'evaluate.bound_images=0', 'evaluate.nfe_curve=[]'"
+        small = "'train.preview_every_epochs=0', 'evaluate.bound_images=0', 'evaluate.nfe_curve=[]'"
         call = f"probe('train.workers={workers}', {small}, digits=False)"
         processes.append((folder, cpus.start(folder, ROOT, call, **dict.fromkeys(LIBRARIES, threads))))
     found = []

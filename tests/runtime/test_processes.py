@@ -26,8 +26,8 @@ TRAINING = (
     "runtime.threads=1",
     "train.steps=12",
     "train.batch_size=16",
-    "train.log_every=1",
-    "train.sample_every=0",
+    "train.log_every_steps=1",
+    "train.preview_every_epochs=0",
     "train.flip=true",
     "sample.batch_size=8",
     "sample.count=24",
@@ -107,7 +107,7 @@ def test_two_processes_have_the_loss_curve_the_samples_and_the_metrics_of_one(pl
     ],
 )
 def test_a_killed_process_ends_the_run_in_seconds_and_the_next_run_resumes_to_the_same_bytes(place, name, code, told):
-    long = (*SEVERAL, "train.steps=40", "train.save_every=1e-9")
+    long = (*SEVERAL, "train.steps=40", "train.save_every_seconds=1e-9")
     curve, weights = loss_file(place), place / "models/ddpm/unet/diffusion_pytorch_model.safetensors"
     finish(start(place, "train", *long))
     untouched = weights.read_bytes()
@@ -152,7 +152,7 @@ def test_two_machines_train_as_one(place):
 
 @pytest.mark.slow
 def test_a_run_of_one_machine_goes_on_on_two_with_the_same_loss_curve(place):
-    one = ("runtime.launcher=torchrun", "runtime.processes=1", "train.steps=40", "train.save_every=1e-9")
+    one = ("runtime.launcher=torchrun", "runtime.processes=1", "train.steps=40", "train.save_every_seconds=1e-9")
     finish(start(place, "train", *one))
     untouched = loss_curve(place)
     loss_file(place).unlink()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.process
 PATIENCE = 30  # seconds, for what takes a fraction of one on a free machine
 SCRIPT = """
 import errno, os, signal, sys, time
-import ddpm.config.schema  # before the platform is another one
+import ddpm.config.load  # before the platform is another one
 from ddpm.errors import UserError
 from ddpm.runtime.stage import run_stage
 

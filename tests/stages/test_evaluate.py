@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.config.schema import NfeCurve, Sample, check
+from ddpm.config.load import check
+from ddpm.config.schema import NfeCurve, Sample
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.evaluation import distances

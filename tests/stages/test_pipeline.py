@@ -18,7 +18,7 @@ import wandb
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ddpm.config.schema import check, load_params
+from ddpm.config.load import check, load_params
 from ddpm.errors import UserError
 from ddpm.runtime.resume import ResumeState
 from stages import evaluate, prepare_data, sample, train
@@ -81,7 +81,7 @@ def test_a_sample_does_not_depend_on_how_many_are_drawn_or_on_the_batch(inside):
     np.testing.assert_array_equal(np.load("samples/images.npy"), before)
 
 
-@pytest.mark.parametrize("overrides", [("sample.seed=1",), ("sample.sampler=ddpm",), ("sample.eta=1.0",)])
+@pytest.mark.parametrize("overrides", [("sample.seed=1",), ("sample=ddpm",), ("sample.eta=1.0",)])
 def test_seed_and_sampler_change_the_samples(inside, overrides):
     before = np.load("samples/images.npy")
     run(sample, *overrides)
@@ -213,7 +213,14 @@ def test_more_epochs_than_a_finished_run_had_are_trained_anew_or_from_a_copy_of_
 
     def trained(folder, epochs, *more):
         monkeypatch.chdir(tmp_path / folder)
-        run(train, "train.steps=null", f"train.epochs={epochs}", "train.sample_every=0", "train.warmup_steps=1", *more)
+        run(
+            train,
+            "train.steps=null",
+            f"train.epochs={epochs}",
+            "train.preview_every_epochs=0",
+            "train.warmup_steps=1",
+            *more,
+        )
         return weights.read_bytes()
 
     for folder in ("raised", "untouched"):
@@ -308,8 +315,8 @@ def test_read_only_folders_and_full_disks_are_told_in_one_line_and_leave_what_wa
     few = (
         "train.steps=4",
         "train.warmup_steps=1",
-        "train.save_every=1e-9",
-        "train.sample_every=0",
+        "train.save_every_seconds=1e-9",
+        "train.preview_every_epochs=0",
         "sample.steps=2",
         "evaluate.bound_images=0",
     )

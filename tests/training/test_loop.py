@@ -9,7 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from ddpm.config.checks import steps_per_epoch
-from ddpm.config.schema import Tracking, check
+from ddpm.config.load import check
+from ddpm.config.schema import Tracking
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.core.ema import EMA
 from ddpm.core.pixels import to_model_range
@@ -67,8 +68,8 @@ def run(
         composed(
             "train.steps=12",
             "train.batch_size=8",
-            "train.log_every=3",
-            "train.sample_every=0",
+            "train.log_every_steps=3",
+            "train.preview_every_epochs=0",
             "train.warmup_steps=3",
             *overrides,
         )
@@ -92,8 +93,8 @@ def run(
 
 @pytest.fixture
 def previews_at_will(monkeypatch):
-    """As often as sample_every says: the images of these tests are too few for the bound."""
-    monkeypatch.setattr(loop, "epochs_per_preview", lambda sample_every, epoch, whole: sample_every)
+    """As often as every says: the images of these tests are too few for the bound."""
+    monkeypatch.setattr(loop, "epochs_per_preview", lambda every, epoch, whole: every)
 
 
 def same(a, b):
@@ -104,7 +105,7 @@ def same(a, b):
 @pytest.mark.parametrize("network", [UNCONDITIONAL, TWO_CLASSES])
 @pytest.mark.usefixtures("previews_at_will")
 def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network):
-    changes = ("train.flip=true", "train.sample_every=2")
+    changes = ("train.flip=true", "train.preview_every_epochs=2")
     whole, curves = run(tmp_path, *changes, device=device, network=network)
     for stop_at in (3, 9, 10):  # 10: with one of the three values of the next point of the curves
         with pytest.raises(Interrupted):
@@ -193,7 +194,7 @@ def test_no_memory_left_is_told_with_the_settings_that_help(tmp_path, monkeypatc
 
 def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
     images = np.tile(IMAGES[:4], (8, 1, 1, 1))
-    _, curves = run(tmp_path, "train.steps=80", "train.log_every=10", "optimizer.lr=5e-3", images=images)
+    _, curves = run(tmp_path, "train.steps=80", "train.log_every_steps=10", "optimizer.lr=5e-3", images=images)
     losses = [metrics["loss"] for metrics in curves.logged.values()]
     assert list(curves.logged) == list(range(10, 81, 10))
     assert losses[-1] < 0.7 * losses[0]
@@ -214,7 +215,7 @@ def test_a_class_conditional_network_draws_the_class_it_is_asked_for(tmp_path):
     """Dark and bright images: a class gives its own, no label gives both, guidance away from no label the extreme."""
     images = np.tile(np.array([60, 180], dtype=np.uint8).reshape(2, 1, 1, 1), (20, 8, 8, 1))  # labels alternate, too
     images += np.random.default_rng(0).integers(0, 16, images.shape, dtype=np.uint8)
-    settings = ("train.steps=150", "optimizer.lr=5e-3", "train.log_every=50", "train.label_dropout=0.2")
+    settings = ("train.steps=150", "optimizer.lr=5e-3", "train.log_every_steps=50", "train.label_dropout=0.2")
     model, _ = run(tmp_path, *settings, images=images, network=TWO_CLASSES)
     dark, bright = brightness(model, ["dark"]), brightness(model, ["bright"])
     assert dark == pytest.approx(68, abs=15)
@@ -264,7 +265,7 @@ def test_with_a_learned_variance_the_curve_is_the_simple_loss_with_the_bound_bes
 
 def test_min_snr_weighs_the_objective_and_not_the_curve(tmp_path):
     """The first step sees the same weights, so its mean squared error is the same whatever is minimised."""
-    one = ("train.steps=1", "train.warmup_steps=0", "train.log_every=1")
+    one = ("train.steps=1", "train.warmup_steps=0", "train.log_every_steps=1")
     curves = [run(tmp_path, *one, f"train.weighting={kind}", name=kind)[1].logged[1]
               for kind in ("simple", "min_snr")]  # fmt: skip
     simple, weighted = curves
@@ -275,7 +276,7 @@ def test_min_snr_weighs_the_objective_and_not_the_curve(tmp_path):
 def test_epochs_are_counted_in_whole_batches(tmp_path):
     images = np.tile(IMAGES, (16, 1, 1, 1))  # 640, 5 batches of 128: two epochs are enough for a preview
     length = ("train.steps=null", "train.epochs=3", "train.batch_size=128")
-    _, curves = run(tmp_path, *length, "train.sample_every=1", images=images)
+    _, curves = run(tmp_path, *length, "train.preview_every_epochs=1", images=images)
     assert max(curves.logged) == 15
     assert curves.pictures[2:] == ["samples_epoch_00002"]
 
@@ -290,13 +291,13 @@ def test_epochs_are_counted_in_whole_batches(tmp_path):
         (("+experiment=cifar10",), 50_000, 10),
         (("+experiment=folder64",), 50_000, 50),
         (("+experiment=folder64",), 48, 400),  # a hundred thousand epochs
-        (("train.sample_every=0",), 48, 0),
+        (("train.preview_every_epochs=0",), 48, 0),
     ],
 )
 def test_previews_are_a_quarter_of_the_time_at_most_whatever_the_folder(settings, images, epochs):
     p = check(composed(*settings)).train
     epoch = steps_per_epoch(images, p.batch_size) * p.batch_size
-    assert loop.epochs_per_preview(p.sample_every, epoch, p.steps * p.batch_size) == epochs
+    assert loop.epochs_per_preview(p.preview_every_epochs, epoch, p.steps * p.batch_size) == epochs
 
 
 @pytest.mark.parametrize("size", [1, 5, 47])
@@ -375,7 +376,7 @@ def test_every_optimizer_group_trains(tmp_path, optimizer):
 
 def test_a_loss_that_is_no_longer_finite_stops_at_its_step_and_keeps_the_last_good_state(tmp_path):
     with pytest.raises(UserError, match=r"training diverged: .* at step \d+; lower optimizer.lr"):
-        run(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "train.grad_clip=null", "train.save_every=1e-9")
+        run(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "train.grad_clip=null", "train.save_every_seconds=1e-9")
     with ResumeState(tmp_path / "state-run") as state:
         saved = state.load()
     assert saved is not None
@@ -424,7 +425,7 @@ def test_the_average_is_what_is_previewed_and_kept_and_not_the_live_weights(tmp_
     seen, original = [], loop.preview
     monkeypatch.setattr(EMA, "update", lambda self, step: None)  # so that it stays at the initial weights
     monkeypatch.setattr(loop, "preview", lambda model, *rest: (seen.append(model), original(model, *rest))[1])
-    kept, _ = run(tmp_path, "train.sample_every=2")
+    kept, _ = run(tmp_path, "train.preview_every_epochs=2")
     start = UNet(kept.config)
     initialise(start, torch.Generator().manual_seed(derive(0, "init")))
     assert [same(start, model) for model in (*seen, kept)] == [True, True]
