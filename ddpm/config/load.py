@@ -188,7 +188,7 @@ def _used(params: Params) -> Faults:
         choice = getattr(section, decisive)
         given, used = setting in section.model_fields_set, choice in users
         if used and not given:
-            yield path, f"missing, and {name}.{decisive} = {choice!r} uses it; add it, as conf/{name}/{users[0]}.yaml"
+            yield path, f"missing, and {name}.{decisive} = {choice!r} uses it; add it as in conf/{name}/{users[0]}.yaml"
         if path == "sample.eta" and any(line.sampler in users for line in params.evaluate.nfe_curve):
             continue  # the curve draws by DDIM, too
         if given and not used:

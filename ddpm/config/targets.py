@@ -1,8 +1,9 @@
 """Objects that parameters may name by `_target_`: optimizers, learning-rate schedulers and image transforms.
 
-Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules and nowhere
-else. Names and arguments are checked against the modules' source text, without importing it: importing
-torch takes longer than the two seconds in which a wrong parameter has to be refused.
+Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules and nowhere else.
+A class of theirs that cannot work here is refused with the reason (`not_for_params`). Names and arguments are checked
+against the modules' source text, without importing it: importing torch takes longer than the two seconds in which a
+wrong parameter has to be refused.
 """
 
 import ast
@@ -21,11 +22,18 @@ TORCH_DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the three modules, the base class of its objects, and why some of them can never work here."""
+    """One of the three modules.
+
+    Attributes:
+        module: where the classes are looked up.
+        base: the class that they all inherit from.
+        instead: advice for whoever names one that cannot work here.
+        not_for_params: the classes that cannot work here, each with the reason.
+    """
 
     module: str
     base: str
-    instead: str  # what to do in place of naming one that can never work here
+    instead: str
     not_for_params: Mapping[str, str] = field(hash=False)
 
 
@@ -132,7 +140,7 @@ def argument_names(kind: Kind, name: str) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and not longer than a person reads."""
+    """A value as a message shows it: on one line, at most 100 characters."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write out integers of more than 4300 digits
@@ -141,13 +149,13 @@ def shown(value: Any) -> str:
 
 
 def near(name: str, names: list[str]) -> str:
-    """A hint at the allowed name that a misspelt one is close to, or nothing."""
+    """A hint at the allowed name closest to a misspelt one, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def target_faults(node: Any, kind: Kind, path: str) -> Iterator[str]:
-    """What is wrong with a `_target_` mapping at `path`, one line a fault. Transforms may hold transforms."""
+    """Faults of a `_target_` mapping at `path`, one line per fault. Transforms may hold transforms."""
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         yield f"{path} = {shown(node)}: needs a _target_, the path of a class in {kind.module}"
         return
@@ -174,7 +182,7 @@ def target_faults(node: Any, kind: Kind, path: str) -> Iterator[str]:
 
 
 def _value_faults(value: Any, kind: Kind, path: str) -> Iterator[str]:
-    """The same for an argument: objects may be named at any depth of its lists and mappings."""
+    """Faults of an argument's value: objects may be named at any depth of its lists and mappings."""
     if isinstance(value, dict) and "_target_" in value:
         yield from target_faults(value, kind, path)
     elif isinstance(value, dict | list):
@@ -185,12 +193,12 @@ def _value_faults(value: Any, kind: Kind, path: str) -> Iterator[str]:
 
 
 def build(node: dict[str, Any], kind: Kind, *args: Any) -> Any:
-    """Import and construct what a checked `_target_` mapping names, with `args` before its own arguments.
+    """Import and construct the class that a `_target_` mapping names, with `args` before its own arguments.
 
     Raises:
         ValueError: the mapping is not allowed, or the class refuses the values of its arguments.
     """
-    for fault in target_faults(node, kind, kind.base.lower()):
+    if fault := next(target_faults(node, kind, kind.base.lower()), None):
         raise ValueError(fault)
     cls = getattr(importlib.import_module(kind.module), node["_target_"].rpartition(".")[2])
     kwargs = {key: _value(value, kind) for key, value in node.items() if key != "_target_"}

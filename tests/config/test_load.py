@@ -106,7 +106,7 @@ def test_a_setting_that_a_choice_uses_has_to_be_there(path, choice):
     tree = composed(f"{section}={group}", f"{section}.{decisive}={choice}")
     del tree[section][setting]
     assert faults(tree) == [
-        f"params.yaml: {path}: missing, and {section}.{decisive} = {choice!r} uses it; add it, as "
+        f"params.yaml: {path}: missing, and {section}.{decisive} = {choice!r} uses it; add it as in "
         f"conf/{section}/{users[0]}.yaml"
     ]
 

@@ -1,6 +1,7 @@
 import importlib
 import inspect
 import itertools
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torchvision.transforms import v2
 
 from ddpm.config import targets
 from ddpm.config.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, build, target_faults
+from tests.conftest import ROOT
 
 V2 = "torchvision.transforms.v2"
 KINDS = (OPTIMIZER, LR_SCHEDULER, TRANSFORM)
@@ -235,3 +237,10 @@ def test_a_value_in_a_message_is_short_and_on_one_line():
         assert text in line
         assert len(line) <= 100
         assert line.isprintable()
+
+
+@pytest.mark.parametrize("kind", (OPTIMIZER, LR_SCHEDULER), ids=ids)
+def test_the_documents_name_exactly_the_classes_that_are_refused(kind):
+    page = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{kind.module}` |"))
+    assert set(re.findall(r"`(\w+)`", row)) == set(kind.not_for_params)

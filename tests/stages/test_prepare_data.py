@@ -81,7 +81,7 @@ def test_a_wrong_parameter_is_told_in_two_seconds(tmp_path: Path) -> None:
 
 
 def test_a_fault_is_told_without_a_traceback(tmp_path: Path) -> None:
-    write_params(tmp_path, name="folder", path="raw", on_broken="stop")
+    write_params(tmp_path, name="folder", path="raw", on_broken="stop", max_megapixels=179)
     done = subprocess.run(PROGRAM, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: dataset.path = raw: there is no such folder") and done.stderr.count("\n") == 1
@@ -155,7 +155,7 @@ def alive(pid: int) -> bool:
 
 def started(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """The stage at work on the images of `folder`, and its processes once it decodes."""
-    write_params(folder, name="folder", path="raw", on_broken="stop", channels=3, subset=None)
+    write_params(folder, name="folder", path="raw", on_broken="stop", max_megapixels=179, channels=3, subset=None)
     process = subprocess.Popen(
         PROGRAM,
         cwd=folder,
