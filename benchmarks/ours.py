@@ -41,9 +41,10 @@ def params(*overrides: str) -> Params:
 
 
 def _network(p: Params, size: int, channels: int) -> Any:
-    from ddpm.core.unet import UNet, unet_config
+    from ddpm.core.unet import UNet
+    from ddpm.training.setup import unet_config
 
-    return UNet(unet_config(p.model, size, channels, p.diffusion.learn_variance, (), False))
+    return UNet(unet_config(p.model, size, channels, p.diffusion.learn_variance, 0, False))
 
 
 def _diffusion(p: Params, device: Any) -> Any:
@@ -54,10 +55,12 @@ def _diffusion(p: Params, device: Any) -> Any:
 
 def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = None) -> Any:
     """The averaged network of a whole training, by the project's own loop; calls `turn` at each point of its curves."""
+    from ddpm.data.prepared import Images
     from ddpm.runtime.device import choose_device
     from ddpm.runtime.resume import ResumeState
     from ddpm.runtime.tracking import Tracker
-    from ddpm.training.loop import Job, train
+    from ddpm.training.loop import Training
+    from ddpm.training.setup import Design, set_up
 
     class Turns(Tracker):
         def log(self, step: int, metrics: dict[str, float], machine: dict[str, float] | None = None) -> None:
@@ -69,18 +72,11 @@ def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = No
 
     device = choose_device(p.runtime)
     with tempfile.TemporaryDirectory() as folder, ResumeState(Path(folder)) as state:
-        job = Job(
-            runtime=p.runtime,
-            train=p.train,
-            optimizer=p.optimizer,
-            lr_schedule=p.lr_schedule,
-            diffusion=_diffusion(p, device),
-            device=device,
-            tracker=Turns(None, p.tracking, {}, "benchmark", "train"),
-            folder=Path(folder),
-        )
-        network = _network(p, images.shape[1], images.shape[3])
-        return train(network, images, np.zeros(len(images), np.int64), job, state)
+        design = Design(_network(p, images.shape[1], images.shape[3]).config, _diffusion(p, device).config, ())
+        setup = set_up(p, design, device, len(images))
+        tracker = Turns(None, p.tracking, {}, "benchmark", "train")
+        split = Images(images, np.zeros(len(images), np.int64))
+        return Training(setup, p.train, split, tracker, state).run()
 
 
 def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:
@@ -138,7 +134,7 @@ def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, override
 
     runtime = params(*overrides).runtime
     device = choose_device(runtime)
-    model, config = load_model(folder)
+    model, config, _ = load_model(folder)
     model.to(device).to(memory_format=memory_format(runtime, device))
     diffusion = GaussianDiffusion(config, device)
     path = samplers.timesteps(diffusion.timesteps, steps, "leading")

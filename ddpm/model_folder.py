@@ -3,9 +3,10 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -44,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "add_attention": True,
     "num_class_embeds": None,
 }
-# the keys of which this U-Net has not every choice; the first is also diffusers' default
+# keys for which this U-Net supports only some values; the first is also diffusers' default
 KNOWN: dict[str, tuple[Any, ...]] = {
     "_class_name": ("UNet2DModel",),
     "act_fn": ("silu", "swish"),
@@ -67,15 +68,38 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigm
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-def save_model(folder: str | Path, unet: UNet, diffusion: DiffusionConfig, provenance: dict[str, Any]) -> None:
+class TrainedModel(NamedTuple):
+    """A model folder: the network in evaluation mode, its diffusion, and the names of its classes.
+
+    `classes` is empty for an unconditional network, and where the folder names none.
+    """
+
+    unet: UNet
+    diffusion: DiffusionConfig
+    classes: tuple[str, ...]
+
+
+def save_model(
+    folder: str | Path,
+    unet: UNet,
+    diffusion: DiffusionConfig,
+    provenance: dict[str, Any],
+    classes: Sequence[str] = (),
+) -> None:
     """Write weights, both configurations, a model card, and what the model was made from.
+
+    The same model, provenance and classes give the same bytes.
 
     Args:
         provenance: plain values: the run's name, data, parameters.
+        classes: the names of the network's classes; needed where one of its labels stands for no label.
 
-    The same model and provenance give the same bytes.
+    Raises:
+        ValueError: not one name per class.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), unet.config
+    if len(classes) != config.classes and (classes or config.has_no_label):
+        raise ValueError(f"{len(classes)} class names for a network of {config.classes} classes")
     _write_json(
         folder / "model_index.json",
         {
@@ -84,29 +108,29 @@ def save_model(folder: str | Path, unet: UNet, diffusion: DiffusionConfig, prove
             "unet": ["diffusers", "UNet2DModel"],
         },
     )
-    _write_json(folder / UNET_CONFIG, _unet_to_json(unet.config))
+    _write_json(folder / UNET_CONFIG, _unet_to_json(config))
     _write_json(folder / SCHEDULER_CONFIG, _diffusion_to_json(diffusion))
-    if unet.config.class_names:
-        _write_json(folder / CLASSES, list(unet.config.class_names))
+    if classes:
+        _write_json(folder / CLASSES, list(classes))
     weights = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
     write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
     _write_json(folder / TRAINING, provenance)
-    write_file(folder / "README.md", _card(unet, diffusion).encode())
+    write_file(folder / "README.md", _card(unet, diffusion, classes).encode())
 
 
-def load_model(folder: str | Path) -> tuple[UNet, DiffusionConfig]:
-    """Read a model folder, ours or of diffusers: the network in evaluation mode, and its diffusion.
+def load_model(folder: str | Path) -> TrainedModel:
+    """Read a model folder, ours or of diffusers.
 
     Raises:
-        UserError: a file is missing, damaged, or asks for what this U-Net has not; the line names it.
+        UserError: a file is missing, damaged, or asks for something this U-Net does not support; the line names it.
     """
     folder = Path(folder)
     unet_path, diffusion_path = _find(folder, UNET_CONFIG), _find(folder, SCHEDULER_CONFIG)
     unet_json, diffusion_json = _read_json(unet_path), _read_json(diffusion_path)
-    names = _read_json(folder / CLASSES, list) if (folder / CLASSES).exists() else []
+    classes = tuple(map(str, _read_json(folder / CLASSES, list))) if (folder / CLASSES).exists() else ()
     try:
         with torch.device("meta"):  # no memory is taken for what the file only claims
-            unet = UNet(replace(_unet_from_json(unet_json), class_names=tuple(map(str, names))))
+            unet = UNet(_with_classes(_unet_from_json(unet_json), len(classes)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{unet_path}: {_reason(error)}") from None
     try:
@@ -120,33 +144,38 @@ def load_model(folder: str | Path) -> tuple[UNet, DiffusionConfig]:
         unet.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{weights_path}: {' '.join(str(error).split())[:300]}") from None
-    return unet.eval().requires_grad_(False), diffusion
+    return TrainedModel(unet.eval().requires_grad_(False), diffusion, classes)
 
 
-def load_weights(folder: str | Path, config: UNetConfig, prediction: Prediction) -> dict[str, Tensor]:
-    """The weights of a model folder, to start the training of a network of this configuration.
+def load_weights(
+    folder: str | Path, config: UNetConfig, prediction: Prediction, classes: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The weights of a model folder, to start the training of a network of this configuration and these classes.
 
     A folder whose network predicts something else can be started from, with a warning.
 
     Raises:
         UserError: as for `load_model`, or the folder's network is another one, dropout apart; the line names the
-            first field that differs. (Class names that the folder does not tell are no difference.)
+            first field that differs. (A folder without class names fits any names.)
     """
     try:
-        unet, diffusion = load_model(folder)
+        unet, diffusion, names = load_model(folder)
     except UserError as error:
         raise UserError(f"params.yaml: train.init_from: {error}") from None
-    for field in fields(UNetConfig):
-        there, here = getattr(unet.config, field.name), getattr(config, field.name)
-        if there != here and field.name != "dropout" and not (field.name == "class_names" and there == ()):
+    theirs, ours = (asdict(c) | {"up_attention": c.up_flags} for c in (unet.config, config))
+    if names:
+        theirs["class_names"], ours["class_names"] = names, tuple(classes)
+    for name, there in theirs.items():
+        # dropout has no weights, and which label stands for none follows from the names
+        if there != ours[name] and name not in ("dropout", "has_no_label"):
             raise UserError(
-                f"params.yaml: train.init_from = {folder}: its network has {field.name} = {there}, and the one that "
-                f"`model` and the data ask for {here}"
+                f"params.yaml: train.init_from = {folder}: its network has {name} = {there}, and the one that "
+                f"`model` and the data ask for {ours[name]}"
             )
     if diffusion.prediction != prediction:
         print(
             f"warning: {folder} predicts {diffusion.prediction}; with diffusion.prediction = {prediction} the network "
-            f"has to learn its output anew",
+            f"has to relearn its output",
             file=sys.stderr,
         )
     return unet.state_dict()
@@ -156,7 +185,7 @@ def training_run(folder: str | Path) -> str:
     """The name of the run that made the model, by which the other stages record into the same.
 
     Raises:
-        UserError: the folder does not tell.
+        UserError: training.json names no run.
     """
     path = Path(folder, TRAINING)
     run = _read_json(path).get("run")
@@ -166,7 +195,7 @@ def training_run(folder: str | Path) -> str:
 
 
 def class_counts(folder: str | Path) -> tuple[int, ...]:
-    """How many training images of each class the data of the model had; empty where the folder does not tell."""
+    """How many training images of each class the data of the model had; empty where training.json does not say."""
     data = _read_json(Path(folder, TRAINING)).get("data")
     counts = data.get("class_counts") if isinstance(data, dict) else None
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
@@ -209,7 +238,7 @@ def _new_name(name: str) -> str:
     return name
 
 
-def _card(unet: UNet, diffusion: DiffusionConfig) -> str:
+def _card(unet: UNet, diffusion: DiffusionConfig, classes: Sequence[str]) -> str:
     config = unet.config
     use = """from diffusers import DDPMPipeline
 
@@ -219,7 +248,7 @@ images = DDPMPipeline.from_pretrained("models/ddpm")(batch_size=4).images"""
 
 unet = UNet2DModel.from_pretrained("models/ddpm/unet")
 output = unet(x_t, t, class_labels=labels).sample"""
-    names = f"\nClasses, from 0 up: {', '.join(config.class_names)}.\n" if config.class_names else ""
+    names = f"\nClasses, from 0 up: {', '.join(classes)}.\n" if classes else ""
     if config.no_label is not None:
         names += f"Label {config.no_label} stands for no label, for guidance.\n"
     return f"""---
@@ -260,13 +289,13 @@ def _read_json(path: Path, kind: type = dict) -> Any:
 
 def _unet_to_json(config: UNetConfig) -> dict[str, Any]:
     values = asdict(config)
-    del values["class_names"]
-    down, up = values.pop("attention"), values.pop("up_attention")
+    for ours in ("attention", "up_attention", "has_no_label"):
+        del values[ours]
     return values | {
         "_class_name": "UNet2DModel",
         "act_fn": "silu",
-        "down_block_types": ["AttnDownBlock2D" if flag else "DownBlock2D" for flag in down],
-        "up_block_types": ["AttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(up)],
+        "down_block_types": ["AttnDownBlock2D" if flag else "DownBlock2D" for flag in config.attention],
+        "up_block_types": ["AttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(config.up_flags)],
         "time_embedding_type": "positional",
     }
 
@@ -275,7 +304,7 @@ def _unet_from_json(values: dict[str, Any]) -> UNetConfig:
     """The configuration that a config.json of diffusers describes; a key that it leaves out has diffusers' default.
 
     Raises:
-        ValueError: it asks for what this U-Net has not, naming the key, its value and what is known.
+        ValueError: it asks for something this U-Net does not support; names the key, its value and what is known.
     """
     values = DEFAULTS | values
     widths, groups, size = (values[key] for key in ("block_out_channels", "norm_num_groups", "sample_size"))
@@ -294,14 +323,26 @@ def _unet_from_json(values: dict[str, Any]) -> UNetConfig:
         raise ValueError(f"layers_per_block = {shown(values['layers_per_block'])}: at most {MOST_LAYERS}")
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         values["sample_size"] = size[0]
-    ours = {field.name: values[field.name] for field in fields(UNetConfig) if field.name in values}
-    ours |= {"attention": flags["down_block_types"], "up_attention": flags["up_block_types"][::-1]}
+    ours = {field.name: values[field.name] for field in fields(UNetConfig) if field.name in DEFAULTS}
+    down, up = flags["down_block_types"], flags["up_block_types"][::-1]
+    ours |= {"attention": down, "up_attention": None if up == down else up}
     try:
         return TypeAdapter(UNetConfig).validate_json(json.dumps(ours), strict=True)
     except ValidationError as error:
         fault = error.errors()[0]
         where = f"{'.'.join(map(str, fault['loc']))} = {shown(fault['input'])}: " if fault["loc"] else ""
         raise ValueError(f"{where}{fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def _with_classes(config: UNetConfig, names: int) -> UNetConfig:
+    """The configuration of a network with so many named classes: a label beyond them stands for no label.
+
+    Raises:
+        ValueError: it has fewer labels, or more than that.
+    """
+    if names and config.num_class_embeds not in (names, names + 1):
+        raise ValueError(f"num_class_embeds = {config.num_class_embeds}: does not fit the {names} class names")
+    return replace(config, has_no_label=bool(names) and config.num_class_embeds == names + 1)
 
 
 def _diffusion_to_json(config: DiffusionConfig) -> dict[str, Any]:

@@ -22,17 +22,30 @@ from ddpm.runtime.resume import Store
 
 STRIP_ROWS, STRIP_COLUMNS = 6, 11  # images and moments of the strip
 FILM_MOMENTS = 25
+
+
+class Classes(NamedTuple):
+    """The classes of a model, in the order of its labels: their names, and how many training images each has.
+
+    Either is empty where the model folder does not hold it.
+    """
+
+    names: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+UNKNOWN = Classes()
 OnStep = Callable[[int, int, Tensor], None]  # see `draw`
 Draw = Callable[[int, OnStep], object]  # draws so many samples, and shows each state
 
 
-def chosen_classes(params: Sample, config: UNetConfig) -> list[int]:
+def chosen_classes(params: Sample, config: UNetConfig, names: Sequence[str]) -> list[int]:
     """The classes to draw, in turn: all of the network's, or those of `sample.classes`; empty if unconditional.
 
     Raises:
         UserError: a class or guidance that the network does not have.
     """
-    names = list(config.class_names) or [str(i) for i in range(config.classes)]
+    names = list(names) or [str(i) for i in range(config.classes)]
     if params.guidance != 1 and config.no_label is None:
         raise UserError(
             f"params.yaml: sample.guidance = {params.guidance:g}: must be 1 (no guidance), since models/ddpm has not "
@@ -46,39 +59,36 @@ def chosen_classes(params: Sample, config: UNetConfig) -> list[int]:
     return [names.index(name) for name in wanted]
 
 
-def class_sequence(params: Sample, config: UNetConfig, class_counts: Sequence[int], count: int) -> list[int]:
+def class_sequence(params: Sample, config: UNetConfig, classes: Classes, count: int) -> list[int]:
     """The classes of samples 0 ... count-1; empty if the network is unconditional. A prefix of a longer sequence.
 
     equal: each class in turn. data: as often as the training data has them, by Sainte-Laguë's rule: sample i is of
     the class with the largest c / (2 n + 1), where c is the number of its training images and n that of its samples
     before i. The first k samples are then the best rounding of the data's frequencies to k samples, for every k.
 
-    Args:
-        class_counts: training images of each class of the network; used for `data` only.
-
     Raises:
         UserError: as for `chosen_classes`; or the numbers of images are not known, or are all 0.
     """
-    classes = chosen_classes(params, config)
+    chosen, counts = chosen_classes(params, config, classes.names), classes.counts
     if params.class_frequencies == "equal":
-        return [classes[i % len(classes)] for i in range(count)] if classes else []
+        return [chosen[i % len(chosen)] for i in range(count)] if chosen else []
     setting = "params.yaml: sample.class_frequencies = data"
-    if not classes:
+    if not chosen:
         raise UserError(f"{setting}: models/ddpm is unconditional; set it to equal")
-    if len(class_counts) != config.classes:
+    if len(counts) != config.classes:
         raise UserError(
             f"{setting}: models/ddpm/training.json does not hold the class_counts of its {config.classes} classes; set "
             f"it to equal, or train here"
         )
-    queue = [(Fraction(1, class_counts[c]), c) for c in dict.fromkeys(classes) if class_counts[c]]
+    queue = [(Fraction(1, counts[c]), c) for c in dict.fromkeys(chosen) if counts[c]]
     if not queue:
         raise UserError(f"{setting}: the data has no image of sample.classes = {params.classes}; set it to equal")
     heapq.heapify(queue)
     drawn = []
     for _ in range(count):
-        price, chosen = queue[0]  # (2 n + 1) / c
-        drawn.append(chosen)
-        heapq.heapreplace(queue, (price + Fraction(2, class_counts[chosen]), chosen))
+        price, label = queue[0]  # (2 n + 1) / c
+        drawn.append(label)
+        heapq.heapreplace(queue, (price + Fraction(2, counts[label]), label))
     return drawn
 
 
@@ -113,7 +123,7 @@ def sampling_path(params: Sample, diffusion: GaussianDiffusion) -> list[int]:
         raise UserError(f"params.yaml: sample.{error}") from None
 
 
-def check_settings(params: Sample, model: UNet, diffusion: GaussianDiffusion, class_counts: Sequence[int] = ()) -> None:
+def check_settings(params: Sample, model: UNet, diffusion: GaussianDiffusion, classes: Classes) -> None:
     """Refuse before any work what `draw` would refuse, and a variance that the network has not learned.
 
     Raises:
@@ -121,7 +131,7 @@ def check_settings(params: Sample, model: UNet, diffusion: GaussianDiffusion, cl
     """
     check_variance(params, diffusion)
     sampling_path(params, diffusion)
-    class_sequence(params, model.config, class_counts, 0)
+    class_sequence(params, model.config, classes, 0)
 
 
 def settings_name(params: Sample) -> str:
@@ -134,7 +144,7 @@ def draw(
     model: UNet,
     diffusion: GaussianDiffusion,
     params: Sample,
-    class_counts: Sequence[int] = (),
+    classes: Classes = UNKNOWN,
     store: Store | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
@@ -144,7 +154,7 @@ def draw(
 
     Args:
         model: on the device of `diffusion`.
-        class_counts: training images of each class, for sample.class_frequencies = data.
+        classes: those of the model.
         store: runs the batches; None: nothing is kept.
         on_step: called with (index of the batch's first sample, network evaluations so far, x (B, C, H, W)), from the
             start noise, at 0 evaluations, to the sample; not for batches that are read back.
@@ -153,7 +163,7 @@ def draw(
         UserError: the model has fewer timesteps than `sample.steps`, or lacks the classes or the guidance.
     """
     store, config, device = store or Store(), model.config, diffusion.device
-    classes = class_sequence(params, config, class_counts, params.count)
+    labels = class_sequence(params, config, classes, params.count)
     path = sampling_path(params, diffusion)
     images = np.empty((params.count, config.sample_size, config.sample_size, config.in_channels), dtype=np.uint8)
 
@@ -163,8 +173,8 @@ def draw(
         if on_step:
             on_step(rows.start, 0, x)
         predict: Model = model
-        if classes:
-            predict = guided(model, torch.tensor(classes[rows], device=device), params.guidance)
+        if labels:
+            predict = guided(model, torch.tensor(labels[rows], device=device), params.guidance)
         sampler = SAMPLERS[params.sampler]
         steps = sampler(predict, diffusion, x, path, noise, variance=params.variance, eta=params.eta)
         for evaluations, step in enumerate(steps, 1):
@@ -242,9 +252,7 @@ class Drawn(NamedTuple):
     film: list[np.ndarray]
 
 
-def draw_filmed(
-    model: UNet, diffusion: GaussianDiffusion, params: Sample, class_counts: Sequence[int], store: Store
-) -> Drawn:
+def draw_filmed(model: UNet, diffusion: GaussianDiffusion, params: Sample, classes: Classes, store: Store) -> Drawn:
     """The samples of `draw`, with a strip and a film of the denoising of the first ones.
 
     Raises:
@@ -253,9 +261,9 @@ def draw_filmed(
     steps, values = len(sampling_path(params, diffusion)), model.config.in_channels * model.config.sample_size**2
     print(f"{params.count} images by {params.sampler}, {steps} network evaluations each", flush=True)
     moments = Moments(steps, params.count, params.batch_size, values, store)
-    images = draw(model, diffusion, params, class_counts, store, moments.watch)
+    images = draw(model, diffusion, params, classes, store, moments.watch)
 
     def again(count: int, on_step: OnStep) -> None:
-        draw(model, diffusion, params.model_copy(update={"count": count}), class_counts, on_step=on_step)
+        draw(model, diffusion, params.model_copy(update={"count": count}), classes, on_step=on_step)
 
     return Drawn(images, *moments.pictures(again))

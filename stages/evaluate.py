@@ -8,9 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.errors import UserError
 from ddpm.runtime.stage import run_stage
-from ddpm.runtime.workspace import root
 
 if TYPE_CHECKING:
     from ddpm.config.schema import Params
@@ -22,38 +20,34 @@ RESULTS = Path("results/evaluate")
 
 def main(params: "Params") -> None:
     # torch is imported here, after the environment that makes it reproducible is set
+    from ddpm import files, model_folder
     from ddpm.core.diffusion import GaussianDiffusion
-    from ddpm.data.batches import load_array, load_images, load_info, load_labels, watch
+    from ddpm.data.prepared import Prepared
     from ddpm.evaluation.card import rounded
-    from ddpm.evaluation.evaluate import Split, Subject, evaluate
-    from ddpm.model_folder import class_counts, load_model, training_run, weights_sha256
-    from ddpm.runtime import device, processes, resume, tracking
+    from ddpm.evaluation.evaluate import Subject, evaluate
+    from ddpm.runtime import device, processes
+    from ddpm.runtime.run import open_run
+    from ddpm.sampling import Classes
 
-    samples, info = load_array(SAMPLES, "sample", "uint8", 4), load_info(DATA)
-    changed = watch(DATA)
-    train, test = (Split(load_images(DATA, split), load_labels(DATA, split)) for split in ("train", "test"))
-    unet, config = load_model(MODEL)
-    settings = {name: section.model_dump() for name, section in vars(params).items()}
-    counts, content = class_counts(MODEL), hashlib.sha256(samples.data).hexdigest()
-    run = resume.fingerprint(settings, weights_sha256(MODEL), counts, info["sha256"], content)
-    diffusion = GaussianDiffusion(config, device.choose_device(params.runtime))
-    with (
-        device.explain_out_of_memory("lower evaluate.batch_size or sample.batch_size"),
-        resume.ResumeState(resume.state_folder(root() / ".state", "evaluate", run)) as state,
-        tracking.Tracker(None, params.tracking, settings, training_run(MODEL), "evaluate") as tracker,
-    ):
-        unet.to(diffusion.device).to(memory_format=device.memory_format(params.runtime, diffusion.device))
-        done = evaluate(
-            Subject(params.evaluate, params.sample, unet, diffusion, samples, train, test, info, counts, state)
-        )
-        if processes.any_process(changed()):
-            state.remove()
-            raise UserError(f"{DATA}: was changed while the stage ran; nothing of it is kept; run it again")
+    samples, data = files.load_array(SAMPLES, "sample", "uint8", 4), Prepared(DATA)
+    data.verify()
+    model = model_folder.load_model(MODEL)
+    classes = Classes(model.classes, model_folder.class_counts(MODEL))
+    config = {name: section.model_dump() for name, section in vars(params).items()}
+    content = hashlib.sha256(samples.data).hexdigest()
+    facts = (config, model_folder.weights_sha256(MODEL), classes.counts, data.info["sha256"], content)
+    advice, run_id = "lower evaluate.batch_size or sample.batch_size", model_folder.training_run(MODEL)
+    with open_run("evaluate", params, facts, config, memory_advice=advice, run_id=run_id) as run:
+        diffusion = GaussianDiffusion(model.diffusion, run.device)
+        model.unet.to(run.device).to(memory_format=device.memory_format(params.runtime, run.device))
+        subject = Subject(params.evaluate, params.sample, model.unet, diffusion, samples, data, classes, run.state)
+        done = evaluate(subject)
+        run.check_unchanged(data.changed(), DATA)
+
         if processes.rank() == 0:
             done.write(RESULTS)
-        tracker.log_picture(0, "neighbours", done.neighbours, RESULTS)
-        tracker.log(0, rounded(done.values))
-        state.remove()
+        run.tracker.log_picture(0, "neighbours", done.neighbours, RESULTS)
+        run.tracker.log(0, rounded(done.values))
 
 
 if __name__ == "__main__":

@@ -1,72 +1,50 @@
 """train: data/prepared -> models/ddpm (averaged weights) and results/train (curves, pictures)."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ddpm.config.checks import check_data
-from ddpm.errors import UserError
 from ddpm.runtime.stage import run_stage
-from ddpm.runtime.workspace import root
+
+if TYPE_CHECKING:
+    from ddpm.config.schema import Params
 
 SECTIONS = ("runtime", "model", "diffusion", "optimizer", "lr_schedule", "train", "tracking")
 DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results/train")
 
 
-def main(params: Any) -> None:
+def main(params: "Params") -> None:
     # torch is imported here, after the environment that makes it reproducible is set
+    from ddpm import files, model_folder
     from ddpm.config.load import load_all
-    from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
-    from ddpm.core.unet import UNet, unet_config
-    from ddpm.data.batches import load_images, load_info, load_labels, watch
-    from ddpm.data.transforms import Transforms
-    from ddpm.files import write_file
-    from ddpm.model_folder import save_model, weights_sha256
+    from ddpm.data import prepared, transforms
     from ddpm.runtime import processes
-    from ddpm.runtime.device import choose_device
-    from ddpm.runtime.resume import ResumeState, fingerprint, state_folder
-    from ddpm.runtime.tracking import Tracker
-    from ddpm.training.loop import Job, train
+    from ddpm.runtime.run import open_run
+    from ddpm.training import loop, setup
 
-    init = params.train.init_from
-    data = load_info(DATA)
-    size, _, channels = data["shape"]
-    check_data(load_all(), data)  # all sections, to refuse now what a later stage would
-    Transforms(params.train.transforms).probe((channels, size, size))
-    changed = watch(DATA)
-    images, labels = load_images(DATA, "train"), load_labels(DATA, "train")
+    p, data = params.train, prepared.Prepared(DATA)
+    size, _, channels = data.info["shape"]
+    check_data(load_all(), data.info)  # all sections, to refuse now what a later stage would
+    transforms.Transforms(p.transforms).probe((channels, size, size))
+    data.verify()
     config = {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
-    start = {} if init is None else {"init_from": weights_sha256(init)}
-    run = fingerprint(config, data["sha256"], start)
-    device = choose_device(params.runtime)
-    diffusion = DiffusionConfig(**params.diffusion.model_dump())
-    unlabelled = params.train.label_dropout > 0
-    model = UNet(unet_config(params.model, size, channels, diffusion.learn_variance, data["classes"], unlabelled))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(images):,} images", flush=True)
-    with (
-        ResumeState(state_folder(root() / ".state", "train", run)) as state,
-        Tracker(str(RESULTS), params.tracking, config, run, "train") as tracker,
-    ):
-        pictures = state.folder / "pictures"  # kept with the state: DVC empties results/ when a run is taken up again
-        job = Job(
-            runtime=params.runtime,
-            train=params.train,
-            optimizer=params.optimizer,
-            lr_schedule=params.lr_schedule,
-            diffusion=GaussianDiffusion(diffusion, device),
-            device=device,
-            tracker=tracker,
-            folder=pictures,
+    start = {} if p.init_from is None else {"init_from": model_folder.weights_sha256(p.init_from)}
+    facts = (config, data.info["sha256"], start)
+    with open_run("train", params, facts, config, memory_advice=loop.MEMORY_ADVICE, curves=RESULTS) as run:
+        design = setup.design(params, data.info)
+        training = loop.Training(
+            setup.set_up(params, design, run.device, len(data.train.images)), p, data.train, run.tracker, run.state
         )
-        averaged = train(model, images, labels, job, state)
-        if processes.any_process(changed()):
-            state.remove()
-            raise UserError(f"{DATA}: was changed while the training ran; nothing of it is kept; run it again")
-        tracker.finish()
+        averaged = training.run()
+        run.check_unchanged(data.changed(), DATA)
+
+        run.tracker.finish()
         if processes.rank() == 0:
-            for picture in pictures.iterdir():
-                write_file(RESULTS / "pictures" / picture.name, picture.read_bytes())
-            save_model(MODEL, averaged, diffusion, provenance={"run": run, "data": data, "params": config} | start)
-        state.remove()
+            # kept with the state until now: DVC empties results/ when a run is resumed
+            for picture in training.pictures.iterdir():
+                files.write_file(RESULTS / "pictures" / picture.name, picture.read_bytes())
+            provenance = {"run": run.name, "data": data.info, "params": config} | start
+            model_folder.save_model(MODEL, averaged, design.diffusion, provenance, design.classes)
 
 
 if __name__ == "__main__":

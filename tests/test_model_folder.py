@@ -41,7 +41,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
 
 
 def test_a_model_comes_back_as_it_was_saved(folder):
-    unet, diffusion = load_model(folder)
+    unet, diffusion, _ = load_model(folder)
     assert diffusion == CONFIG
     assert not unet.training
     expected = small_unet()
@@ -55,7 +55,7 @@ def test_a_model_comes_back_as_it_was_saved(folder):
 def test_every_schedule_and_prediction_comes_back(tmp_path, schedule, prediction):
     config = DiffusionConfig(50, schedule, prediction, 1e-3, 0.3)
     save_model(tmp_path, small_unet(), config, {})
-    assert load_model(tmp_path)[1] == config
+    assert load_model(tmp_path).diffusion == config
 
 
 def test_diffusers_loads_the_folder_and_predicts_the_same(folder):
@@ -72,7 +72,7 @@ def test_diffusers_loads_the_folder_and_predicts_the_same(folder):
 def test_a_folder_of_diffusers_loads_here(folder, tmp_path):
     pipeline = DDPMPipeline.from_pretrained(folder)
     pipeline.save_pretrained(tmp_path / "theirs")
-    unet, diffusion = load_model(tmp_path / "theirs")
+    unet, diffusion, _ = load_model(tmp_path / "theirs")
     assert diffusion == CONFIG
     x, t = torch.ones(1, 1, 8, 8), torch.tensor([5])
     torch.testing.assert_close(unet(x, t), small_unet()(x, t), rtol=0, atol=0)
@@ -139,10 +139,10 @@ def test_a_network_made_by_diffusers_loads_here_and_goes_back(tmp_path, values, 
     if leave_out:  # as in folders written before the key was invented
         path = tmp_path / "theirs/unet/config.json"
         path.write_text(json.dumps({key: v for key, v in json.loads(path.read_text()).items() if key in values}))
-    ours, diffusion = load_model(tmp_path / "theirs")
+    ours, diffusion, _ = load_model(tmp_path / "theirs")
     torch.testing.assert_close(*predictions(ours, theirs), rtol=1e-5, atol=1e-5)
     save_model(tmp_path / "ours", ours, diffusion, {})
-    assert load_model(tmp_path / "ours")[0].config == ours.config
+    assert load_model(tmp_path / "ours").unet.config == ours.config
     again = UNet2DModel.from_pretrained(tmp_path / "ours/unet").eval()
     torch.testing.assert_close(*predictions(ours, again), rtol=1e-5, atol=1e-5)
 
@@ -160,7 +160,7 @@ def test_an_old_folder_without_parts_and_with_the_old_names_of_attention_loads(t
     for file in ("unet/config.json", "scheduler/scheduler_config.json"):
         shutil.copy(tmp_path / "new" / file, tmp_path / "old")
     assert "mid_block.attentions.0.proj_attn.weight" in weights
-    torch.testing.assert_close(*predictions(load_model(tmp_path / "old")[0], theirs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*predictions(load_model(tmp_path / "old").unet, theirs), rtol=1e-5, atol=1e-5)
     UNet2DModel.from_pretrained(tmp_path / "old")  # diffusers still reads it, too
 
 
@@ -372,7 +372,7 @@ def test_the_train_stage_fine_tunes_and_tells_other_weights_of_the_same_folder_a
     )
     run_stage(train_stage, "train.init_from=base", *short)
     assert json.loads((tmp_path / "models/ddpm/training.json").read_text())["init_from"] == weights_sha256("base")
-    unet, diffusion = load_model("base")
+    unet, diffusion, _ = load_model("base")
     with torch.no_grad():
         unet.conv_in.weight[0, 0, 0, 0] += 1
     save_model("base", unet, diffusion, {})
@@ -381,11 +381,12 @@ def test_the_train_stage_fine_tunes_and_tells_other_weights_of_the_same_folder_a
 
 
 def test_the_names_of_the_classes_are_kept_with_the_model(tmp_path):
-    unet = small_unet(class_names=("cat", "dog"), num_class_embeds=3)
-    save_model(tmp_path, unet, CONFIG, {})
-    loaded, _ = load_model(tmp_path)
-    assert loaded.config == unet.config
-    assert loaded.config.no_label == 2
+    unet = small_unet(num_class_embeds=3, has_no_label=True)
+    save_model(tmp_path, unet, CONFIG, {}, ("cat", "dog"))
+    loaded = load_model(tmp_path)
+    assert loaded.classes == ("cat", "dog")
+    assert loaded.unet.config == unet.config
+    assert loaded.unet.config.no_label == 2
     assert "Classes, from 0 up: cat, dog." in (tmp_path / "README.md").read_text()
     theirs = UNet2DModel.from_pretrained(tmp_path / "unet").eval()
     x, t, labels = torch.randn(3, 1, 8, 8), torch.arange(3), torch.tensor([0, 1, 2])
@@ -395,8 +396,8 @@ def test_the_names_of_the_classes_are_kept_with_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", '["cat"]', "3"])
-def test_class_names_that_do_not_fit_are_told_with_their_file(tmp_path, content):
-    save_model(tmp_path, small_unet(class_names=("cat", "dog"), num_class_embeds=3), CONFIG, {})
+def test_class_names_that_do_not_fit_are_reported_with_their_file(tmp_path, content):
+    save_model(tmp_path, small_unet(num_class_embeds=3, has_no_label=True), CONFIG, {}, ("cat", "dog"))
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(UserError, match=r"classes\.json|class names"):
         load_model(tmp_path)
@@ -404,11 +405,25 @@ def test_class_names_that_do_not_fit_are_told_with_their_file(tmp_path, content)
 
 def test_a_conditional_model_whose_class_names_are_unknown_can_be_started_from(tmp_path):
     save_model(tmp_path, small_unet(num_class_embeds=2), CONFIG, {})
-    ours = small_unet(class_names=("cat", "dog"), num_class_embeds=2)
-    assert load_weights(tmp_path, ours.config, "v").keys() == ours.state_dict().keys()
+    ours = small_unet(num_class_embeds=2)
+    assert load_weights(tmp_path, ours.config, "v", ("cat", "dog")).keys() == ours.state_dict().keys()
     with pytest.raises(UserError, match=r"class_names = \('cat', 'dog'\), and the one .* ask for \('dog', 'cat'\)"):
-        save_model(tmp_path, ours, CONFIG, {})
-        load_weights(tmp_path, small_unet(class_names=("dog", "cat"), num_class_embeds=2).config, "v")
+        save_model(tmp_path, ours, CONFIG, {}, ("cat", "dog"))
+        load_weights(tmp_path, ours.config, "v", ("dog", "cat"))
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        ({"num_class_embeds": 3}, ("cat", "dog")),
+        ({"num_class_embeds": 3, "has_no_label": True}, ()),  # without names it would be read as a third class
+        ({}, ("cat",)),
+    ],
+)
+def test_class_names_that_are_not_one_per_class_are_not_written(tmp_path, network, names):
+    with pytest.raises(ValueError, match=f"^{len(names)} class names for a network of"):
+        save_model(tmp_path, small_unet(**network), CONFIG, {}, names)
+    assert not list(tmp_path.iterdir())
 
 
 def test_starting_from_a_model_that_predicts_something_else_is_warned_of(tmp_path, capsys):

@@ -7,10 +7,20 @@ from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.core.pixels import to_pixels
 from ddpm.errors import UserError
 from ddpm.runtime.resume import ResumeState, Store
-from ddpm.sampling import FILM_MOMENTS, STRIP_COLUMNS, Moments, check_variance, chosen_classes, class_sequence
+from ddpm.sampling import (
+    FILM_MOMENTS,
+    STRIP_COLUMNS,
+    UNKNOWN,
+    Classes,
+    Moments,
+    check_variance,
+    chosen_classes,
+    class_sequence,
+)
 from tests.conftest import composed, small_unet
 
-PETS = {"class_names": ("cat", "dog"), "num_class_embeds": 3}
+PETS = {"num_class_embeds": 3, "has_no_label": True}
+NAMES = Classes(("cat", "dog"))
 
 
 def settings(**changes):
@@ -19,9 +29,9 @@ def settings(**changes):
 
 def test_classes_are_drawn_in_turn_and_each_sample_depends_on_its_own_alone():
     d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
-    every = sampling.draw(unet, d, settings(count=7))
-    dogs = sampling.draw(unet, d, settings(count=7, classes=["dog"]))
-    turned = sampling.draw(unet, d, settings(count=7, classes=["dog", "cat"], batch_size=7))
+    every = sampling.draw(unet, d, settings(count=7), NAMES)
+    dogs = sampling.draw(unet, d, settings(count=7, classes=["dog"]), NAMES)
+    turned = sampling.draw(unet, d, settings(count=7, classes=["dog", "cat"], batch_size=7), NAMES)
     np.testing.assert_allclose(every[1::2], dogs[1::2], atol=1)
     np.testing.assert_allclose(turned[::2], dogs[::2], atol=1)
     assert (every[::2] != dogs[::2]).mean() > 0.1
@@ -29,40 +39,42 @@ def test_classes_are_drawn_in_turn_and_each_sample_depends_on_its_own_alone():
 
 
 @pytest.mark.parametrize(
-    ("network", "changes", "fault"),
+    ("network", "names", "changes", "fault"),
     [
-        (PETS, {"classes": ["cow"]}, "sample.classes: 'cow' is no class of models/ddpm; known: cat, dog"),
-        ({"num_class_embeds": 3}, {"classes": [3]}, "'3' is no class of models/ddpm; known: 0, 1, 2"),
-        ({"num_class_embeds": 3}, {"guidance": 2.0}, "sample.guidance = 2: must be 1 .*not learnt to do without"),
-        (PETS | {"num_class_embeds": 2}, {"guidance": 0.5}, "sample.guidance = 0.5: must be 1"),
-        ({}, {"classes": ["cat"]}, "'cat' is no class of models/ddpm; models/ddpm is unconditional"),
-        ({}, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),
+        (PETS, NAMES, {"classes": ["cow"]}, "sample.classes: 'cow' is no class of models/ddpm; known: cat, dog"),
+        ({"num_class_embeds": 3}, UNKNOWN, {"classes": [3]}, "'3' is no class of models/ddpm; known: 0, 1, 2"),
+        ({"num_class_embeds": 3}, UNKNOWN, {"guidance": 2.0}, "sample.guidance = 2: must be 1 .*not learnt to do without"),
+        ({"num_class_embeds": 2}, NAMES, {"guidance": 0.5}, "sample.guidance = 0.5: must be 1"),
+        ({}, UNKNOWN, {"classes": ["cat"]}, "'cat' is no class of models/ddpm; models/ddpm is unconditional"),
+        ({}, UNKNOWN, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),
     ],
 )  # fmt: skip
-def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, changes, fault):
+def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, names, changes, fault):
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     with pytest.raises(UserError, match=fault):
-        sampling.draw(small_unet(**network), d, settings(count=2, **changes))
+        sampling.draw(small_unet(**network), d, settings(count=2, **changes), names)
 
 
-MANY = {"class_names": tuple("abcdefg"), "num_class_embeds": 7}
+MANY = {"num_class_embeds": 7}
+LETTERS = tuple("abcdefg")
 COUNTS = (5000, 3000, 1200, 500, 0, 250, 50)
+COUNTED = Classes(LETTERS, COUNTS)
 
 
 def test_classes_are_drawn_as_often_as_the_data_has_them_in_every_prefix():
     config, p = small_unet(**MANY).config, settings(class_frequencies="data")
-    sequence = np.array(class_sequence(p, config, COUNTS, 5000))
+    sequence = np.array(class_sequence(p, config, COUNTED, 5000))
     drawn = np.cumsum(sequence[:, None] == np.arange(7), axis=0)
     expected = np.arange(1, 5001)[:, None] * np.array(COUNTS) / sum(COUNTS)
     assert abs(drawn - expected).max() <= 1
-    assert class_sequence(p, config, COUNTS, 100) == sequence[:100].tolist()
+    assert class_sequence(p, config, COUNTED, 100) == sequence[:100].tolist()
     assert drawn[-1].tolist() == [2500, 1500, 600, 250, 0, 125, 25]
 
 
 def test_the_classes_that_are_asked_for_keep_their_frequencies():
     config = small_unet(**MANY).config
     p = settings(class_frequencies="data", classes=["f", "b", "b"])
-    assert np.bincount(class_sequence(p, config, COUNTS, 1300)).tolist() == [0, 1200, 0, 0, 0, 100]
+    assert np.bincount(class_sequence(p, config, COUNTED, 1300)).tolist() == [0, 1200, 0, 0, 0, 100]
 
 
 @pytest.mark.parametrize(
@@ -77,19 +89,19 @@ def test_the_classes_that_are_asked_for_keep_their_frequencies():
 def test_frequencies_that_are_not_known_are_refused(network, changes, counts, fault):
     p = settings(class_frequencies="data", **changes)
     with pytest.raises(UserError, match=f"sample.class_frequencies = data: .*{fault}"):
-        class_sequence(p, small_unet(**network).config, counts, 10)
+        class_sequence(p, small_unet(**network).config, Classes(LETTERS if network else (), counts), 10)
 
 
 def test_samples_have_the_classes_of_the_sequence_whatever_the_batch():
     d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
-    options = {"class_counts": (1, 3)}
-    whole = sampling.draw(unet, d, settings(count=8, class_frequencies="data", batch_size=8), **options)
-    parts = sampling.draw(unet, d, settings(count=8, class_frequencies="data"), **options)
+    classes = Classes(NAMES.names, (1, 3))
+    whole = sampling.draw(unet, d, settings(count=8, class_frequencies="data", batch_size=8), classes)
+    parts = sampling.draw(unet, d, settings(count=8, class_frequencies="data"), classes)
     np.testing.assert_allclose(whole.astype(int), parts, atol=1)
-    dogs = sampling.draw(unet, d, settings(count=8, classes=["dog"])).astype(int)
+    dogs = sampling.draw(unet, d, settings(count=8, classes=["dog"]), NAMES).astype(int)
     apart = abs(whole - dogs).max(axis=(1, 2, 3)) > 1
     assert apart.tolist() == [c == 0 for c in class_sequence(
-        settings(class_frequencies="data"), unet.config, (1, 3), 8)]  # fmt: skip
+        settings(class_frequencies="data"), unet.config, classes, 8)]  # fmt: skip
     assert apart.sum() == 2
 
 
@@ -108,10 +120,10 @@ def test_settings_that_change_an_image_change_the_name_of_its_part():
         {"spacing": "quadratic", "steps": 901},
     ]  # fmt: skip
     for change in changes:
-        sampling.draw(unet, d, settings(count=2, **change), store=Names(), class_counts=(1, 2))
-    sampling.draw(unet, d, settings(seed=1, count=2), store=Names())
+        sampling.draw(unet, d, settings(count=2, **change), Classes(NAMES.names, (1, 2)), Names())
+    sampling.draw(unet, d, settings(seed=1, count=2), NAMES, Names())
     assert len(set(names)) == len(names) == len(changes) + 1
-    sampling.draw(unet, d, settings(count=2, grid=3), store=Names())
+    sampling.draw(unet, d, settings(count=2, grid=3), NAMES, Names())
     assert names[-1] == names[0]
 
 
@@ -138,7 +150,7 @@ def test_what_is_drawn_is_the_last_state_in_rounded_pixels():
 
 def test_a_conditional_network_of_unknown_names_is_drawn_by_number():
     d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(num_class_embeds=3)
-    assert chosen_classes(settings(), unet.config) == [0, 1, 2]
+    assert chosen_classes(settings(), unet.config, ()) == [0, 1, 2]
     assert sampling.draw(unet, d, settings(count=2, classes=[2])).shape == (2, 8, 8, 1)
 
 

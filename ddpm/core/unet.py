@@ -4,16 +4,12 @@ Module names and shapes are those of diffusers' `UNet2DModel`, so that weights p
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from ddpm.config.schema import Model
-from ddpm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,15 +18,15 @@ class UNetConfig:
 
     Attributes:
         sample_size: height and width of the images, in pixels.
-        attention: one flag a level, from the full resolution down: self-attention after each residual block.
-        up_attention: the same for the way up, also from the full resolution down; left empty, as on the way down.
-        attention_head_dim: channels a head; None for a single head.
+        attention: one flag per level, from the full resolution down: self-attention after each residual block.
+        up_attention: the same for the way up, also from the full resolution down; None: same as `attention`.
+        attention_head_dim: channels per head; None for a single head.
         add_attention: attention in the middle.
         downsample_padding: 0 pads the stride-2 convolutions on the right and bottom only, 1 on all sides.
         flip_sin_to_cos: cosines before sines in the time embedding.
         freq_shift: 1 makes the lowest frequency of the time embedding exactly 1/10000; 0 stays above it.
-        num_class_embeds: number of classes of a class-conditional network, with the class of no label, if it has one.
-        class_names: the names of these classes, where they are known; the class of no label comes after them.
+        num_class_embeds: number of labels of a class-conditional network; None for an unconditional one.
+        has_no_label: the last of these labels is no class, but stands for no label.
         center_input_sample: inputs are in [0, 1], and the network takes them to [-1, 1].
 
     Raises:
@@ -43,7 +39,7 @@ class UNetConfig:
     block_out_channels: tuple[int, ...]
     layers_per_block: int
     attention: tuple[bool, ...]
-    up_attention: tuple[bool, ...] = ()
+    up_attention: tuple[bool, ...] | None = None
     dropout: float = 0.0
     norm_num_groups: int = 32
     norm_eps: float = 1e-6  # torch's default is 1e-5
@@ -53,19 +49,17 @@ class UNetConfig:
     flip_sin_to_cos: bool = False
     freq_shift: int = 1
     num_class_embeds: int | None = None
+    has_no_label: bool = False
     center_input_sample: bool = False
-    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.up_attention:
-            object.__setattr__(self, "up_attention", self.attention)  # the dataclass is frozen
         widths, groups, head = self.block_out_channels, self.norm_num_groups, self.attention_head_dim
         counts = [self.sample_size, self.in_channels, self.out_channels, self.layers_per_block, groups, *widths]
         if not widths or min(counts) < 1 or not 0 <= self.dropout < 1:
             raise ValueError("sizes, channels and counts must be at least 1, and dropout from 0 up and below 1")
-        if not len(widths) == len(self.attention) == len(self.up_attention):
+        if not len(widths) == len(self.attention) == len(self.up_flags):
             raise ValueError(
-                f"{len(widths)} block_out_channels, {len(self.attention)} blocks down and {len(self.up_attention)} up: "
+                f"{len(widths)} block_out_channels, {len(self.attention)} blocks down and {len(self.up_flags)} up: "
                 f"must be as many of each"
             )
         if not 0 < self.norm_eps < math.inf:
@@ -74,7 +68,7 @@ class UNetConfig:
             raise ValueError(f"sample_size = {self.sample_size}: must be a multiple of {2 ** (len(widths) - 1)}")
         if any(width % groups for width in widths):
             raise ValueError(f"norm_num_groups = {groups}: must divide every one of block_out_channels = {widths}")
-        attends = [down or up for down, up in zip(self.attention, self.up_attention, strict=True)]
+        attends = [down or up for down, up in zip(self.attention, self.up_flags, strict=True)]
         attends[-1] |= self.add_attention
         if head is not None and (head < 1 or any(w % head for w, a in zip(widths, attends, strict=True) if a)):
             raise ValueError(f"attention_head_dim = {head}: must divide the channels wherever there is attention")
@@ -84,56 +78,29 @@ class UNetConfig:
             raise ValueError(f"freq_shift = {self.freq_shift}: must not be half of block_out_channels[0]")
         if self.num_class_embeds is not None and self.num_class_embeds < 1:
             raise ValueError(f"num_class_embeds = {self.num_class_embeds}: must be at least 1, or null")
-        named = len(self.class_names)
-        if named and self.num_class_embeds not in (named, named + 1):
-            raise ValueError(f"num_class_embeds = {self.num_class_embeds}: does not fit the {named} class names")
+        if self.has_no_label and self.classes < 1:
+            raise ValueError(f"has_no_label = True: num_class_embeds = {self.num_class_embeds}: must be at least 2")
+
+    @property
+    def up_flags(self) -> tuple[bool, ...]:
+        """One flag per level for the way up, from the full resolution down."""
+        return self.attention if self.up_attention is None else self.up_attention
 
     @property
     def classes(self) -> int:
         """How many classes an image can be of; 0 for an unconditional network."""
-        return len(self.class_names) or self.num_class_embeds or 0
+        return (self.num_class_embeds or 0) - self.has_no_label
 
     @property
     def no_label(self) -> int | None:
-        """The class that stands for no label, on which guidance rests; None where the network has none."""
-        return len(self.class_names) if self.class_names and self.num_class_embeds != len(self.class_names) else None
-
-
-def unet_config(
-    model: Model, image_size: int, channels: int, learn_variance: bool, class_names: Sequence[str], unlabelled: bool
-) -> UNetConfig:
-    """The network that the parameters' `model` section describes, for images of this size (pixels).
-
-    Args:
-        class_names: of the data; used by a class-conditional network alone.
-        unlabelled: whether that one also learns images with no label.
-
-    Raises:
-        UserError: it is class-conditional, and the data has no classes.
-    """
-    if model.class_conditional and not class_names:
-        raise UserError(
-            "params.yaml: model.class_conditional = true: the prepared data has no classes; put the images of each "
-            "class into a sub-folder of dataset.path, or set it to false"
-        )
-    return UNetConfig(
-        sample_size=image_size,
-        in_channels=channels,
-        out_channels=channels * (2 if learn_variance else 1),
-        block_out_channels=tuple(model.base_channels * multiplier for multiplier in model.channel_multipliers),
-        layers_per_block=model.blocks_per_level,
-        attention=tuple(model.attention),
-        dropout=model.dropout,
-        norm_num_groups=model.norm_groups,
-        num_class_embeds=len(class_names) + unlabelled if model.class_conditional else None,
-        class_names=tuple(class_names) if model.class_conditional else (),
-    )
+        """The label that stands for no label, on which guidance rests; None where the network has none."""
+        return self.classes if self.has_no_label else None
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
     """Sinusoidal embedding (Vaswani et al. 2017, section 3.5): t (B,) to float32 (B, dim).
 
-    As in the paper's code unless told otherwise: sines before cosines, and frequencies from 1 to 1/10000 inclusive,
+    As in the paper's code by default: sines before cosines, and frequencies from 1 to 1/10000 inclusive,
     since the divisor is half - 1. The last column of an odd dim is zero.
     """
     half = dim // 2
@@ -156,7 +123,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """torch's own, but on a CPU from 16 random bits an element, drawn four at a time: a Bernoulli draw for each would
+    """torch's own, but on a CPU from 16 random bits per element, drawn four at a time: a Bernoulli draw for each would
     be a twentieth of a bf16 training step of the paper's network. `p` is rounded to these bits."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,10 +138,10 @@ class Dropout(nn.Dropout):
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, conv, twice; the time embedding is added between the two.
 
-    `recompute`: keep only the input for the backward pass, which then computes the rest anew (Chen et al. 2016).
+    `recompute`: see `UNet.set_recompute`.
     """
 
-    recompute = False
+    recompute: bool = False
 
     def __init__(self, c_in: int, c_out: int, time_channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -235,8 +202,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a convolution.
 
-    On a CPU the two are one: each new pixel sees only 2x2 old ones, with sums of the kernel's weights, so that a
-    transposed convolution by the sums has less than half of the products. For few pixels the sums cost more than that.
+    On a CPU both are one transposed convolution: each output pixel depends on 2x2 inputs, weighted by sums of the 3x3
+    kernel, with less than half of the products. For few pixels the sums cost more than that saves.
     """
 
     def __init__(self, channels: int) -> None:
@@ -335,7 +302,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(UpBlock(c, width, taken, config.up_attention[level], level == 0, time, config))
+            self.up_blocks.append(UpBlock(c, width, taken, config.up_flags[level], level == 0, time, config))
             c = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, c, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
@@ -353,7 +320,7 @@ class UNet(nn.Module):
         """
         c = self.config
         if (labels is None) != (c.num_class_embeds is None):
-            takes = "no labels" if labels is not None else f"labels below {c.num_class_embeds}, one an image"
+            takes = "no labels" if labels is not None else f"labels below {c.num_class_embeds}, one per image"
             raise ValueError(f"this U-Net takes {takes} (num_class_embeds = {c.num_class_embeds})")
         temb = self.time_embedding(timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift))
         if labels is not None:
@@ -368,6 +335,15 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             x = block(x, skips, temb)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether each residual block keeps only its input for the backward pass, and recomputes its activations there.
+
+        Less memory and the same bits, for a second forward pass (Chen et al. 2016).
+        """
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                module.recompute = recompute
 
 
 @torch.no_grad()

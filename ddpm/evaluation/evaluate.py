@@ -13,6 +13,7 @@ from ddpm import pictures
 from ddpm.config.schema import Evaluate, Sample
 from ddpm.core.diffusion import GaussianDiffusion
 from ddpm.core.unet import UNet
+from ddpm.data.prepared import Prepared
 from ddpm.errors import UserError
 from ddpm.evaluation import distances
 from ddpm.evaluation.card import card, write_json
@@ -20,26 +21,13 @@ from ddpm.evaluation.features import extract_features, weights_digest
 from ddpm.evaluation.held_out import HeldOut, held_out_loss, variational_bound
 from ddpm.files import write_file
 from ddpm.runtime.resume import Store
-from ddpm.sampling import check_variance, chosen_classes, draw, settings_name
+from ddpm.sampling import Classes, check_variance, chosen_classes, draw, settings_name
 
 PAIRS, PAIR_COLUMNS = 24, 4  # of the picture of the nearest neighbours
 BOUND_RANGES = 50  # points of the plots of the bound
 PLOTS = ("loss_by_timestep", "bound_by_timestep", "fd_by_nfe")
 Values = dict[str, float]
 Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split of the prepared data: images uint8 (N, H, W, C), labels int64 (N,)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def spread(self, count: int | None) -> np.ndarray:
-        """The places of `count` of its images, evenly spaced, (n,); of all for None, or where there are fewer."""
-        total = len(self.images)
-        return np.linspace(0, total - 1, min(count or total, total)).astype(int)
 
 
 @dataclass(frozen=True)
@@ -50,8 +38,8 @@ class Subject:
         settings: what to measure. drawn: how the samples were drawn.
         unet: on the device of `diffusion`.
         samples: uint8 (N, H, W, C).
-        info: the content of dataset.json.
-        class_counts: training images of each class, for sample.class_frequencies = data.
+        data: the real images.
+        classes: those of the model.
         store: runs the long loops.
     """
 
@@ -60,10 +48,8 @@ class Subject:
     unet: UNet
     diffusion: GaussianDiffusion
     samples: np.ndarray
-    train: Split
-    test: Split
-    info: Mapping[str, Any]
-    class_counts: tuple[int, ...]
+    data: Prepared
+    classes: Classes
     store: Store
 
     def features(self, images: np.ndarray, name: str) -> np.ndarray:
@@ -73,8 +59,9 @@ class Subject:
 
     def held_out(self, count: int | None) -> HeldOut:
         """That many held-out images, evenly spaced; with labels for a class-conditional model."""
-        rows = self.test.spread(count)
-        return HeldOut(self.test.images[rows], self.test.labels[rows] if self.unet.config.classes else None, rows)
+        images, labels = self.data.test
+        rows = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).astype(int)
+        return HeldOut(images[rows], labels[rows] if self.unet.config.classes else None, rows)
 
 
 class FeatureSets:
@@ -86,7 +73,7 @@ class FeatureSets:
 
     def __init__(self, subject: Subject) -> None:
         self.reference, self.device = subject.settings.reference, subject.diffusion.device
-        images = {"samples": subject.samples, "train": subject.train.images, "test": subject.test.images}
+        images = {"samples": subject.samples, "train": subject.data.train.images, "test": subject.data.test.images}
         self._sets = {name: subject.features(array, name) for name, array in images.items()}
         if self.reference == "all":
             self._sets["all"] = np.concatenate([self._sets["train"], self._sets["test"]])
@@ -168,7 +155,7 @@ def evaluate(subject: Subject) -> Evaluation:
         UserError: samples, network and data do not fit together, or a setting does not fit them.
     """
     s, drawn = subject.settings, subject.drawn
-    _check_fit(subject.samples, subject.unet, subject.info)
+    _check_fit(subject.samples, subject.unet, subject.data.info)
     check_variance(drawn, subject.diffusion)
     features = FeatureSets(subject)
     near = distances.nearest(features["samples"], features["train"], features.device)
@@ -184,9 +171,9 @@ def evaluate(subject: Subject) -> Evaluation:
     values["reference_images"] = len(features[features.reference])
     plots = {name: measured[name][1] for name in PLOTS}
     digest = weights_digest(s.features, s.inception_weights)
-    names = [subject.info["classes"][i] for i in chosen_classes(drawn, subject.unet.config)]
-    picture = pictures.pairs(subject.samples[:PAIRS], subject.train.images[near[1][:PAIRS]], PAIR_COLUMNS)
-    return Evaluation(values, plots, picture, card(values, s, drawn, subject.info, digest, names))
+    names = [subject.data.info["classes"][i] for i in chosen_classes(drawn, subject.unet.config, subject.classes.names)]
+    picture = pictures.pairs(subject.samples[:PAIRS], subject.data.train.images[near[1][:PAIRS]], PAIR_COLUMNS)
+    return Evaluation(values, plots, picture, card(values, s, drawn, subject.data.info, digest, names))
 
 
 def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
@@ -290,7 +277,7 @@ def _nfe(settings: Sample) -> int:
 
 def _drawn_distance(subject: Subject, features: FeatureSets, settings: Sample) -> float:
     """The Fréchet distance of newly drawn samples to the reference."""
-    images = draw(subject.unet, subject.diffusion, settings, subject.class_counts, subject.store)
+    images = draw(subject.unet, subject.diffusion, settings, subject.classes, subject.store)
     name = f"{settings_name(settings)}-seed-{settings.seed}"
     fitted = distances.Normal(subject.features(images, name), features.device, "new samples")
     return distances.frechet_distance(fitted, features.normal(features.reference))

@@ -7,7 +7,8 @@ import torch
 
 from ddpm.config.load import check
 from ddpm.config.schema import Params
-from ddpm.core.unet import UNet, unet_config
+from ddpm.core.unet import UNet
+from ddpm.training.setup import unet_config
 from tests.config.trees import changed, only_fault
 from tests.conftest import ROOT, composed
 

@@ -237,7 +237,7 @@ def test_the_noise_of_the_samples_is_normal():
     assert moments == pytest.approx([0, 1, 3], abs=0.1)  # the fourth is 1.8 for uniform noise of the same variance
 
 
-PETS = {"class_names": ("cat", "dog"), "num_class_embeds": 3}
+PETS = {"num_class_embeds": 3, "has_no_label": True}
 
 
 @pytest.mark.parametrize("out_channels", [1, 2])  # without and with a learned variance

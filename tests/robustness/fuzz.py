@@ -187,8 +187,9 @@ def image_corpus() -> list[bytes]:
 @cache
 def model_files() -> dict[str, bytes]:
     folder = scratch()
-    network = small_unet(num_class_embeds=3, class_names=("a", "b"))
-    save_model(folder, network, DiffusionConfig(20, "linear", "epsilon"), {"run": "0" * 16, "data": {"name": "digits"}})
+    network = small_unet(num_class_embeds=3, has_no_label=True)
+    provenance = {"run": "0" * 16, "data": {"name": "digits"}}
+    save_model(folder, network, DiffusionConfig(20, "linear", "epsilon"), provenance, ("a", "b"))
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     shutil.rmtree(folder)
     return files
@@ -418,7 +419,7 @@ def models(changes: dict[str, Any]) -> str:
     folder = named(model_files, changes)
 
     def read() -> None:
-        unet, config = load_model(folder)
+        unet, config, _ = load_model(folder)
         training_run(folder)
         GaussianDiffusion(config)
         size, channels = unet.config.sample_size, unet.config.in_channels

@@ -16,7 +16,7 @@ from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
 from ddpm.evaluation import distances
 from ddpm.model_folder import save_model
-from ddpm.sampling import draw
+from ddpm.sampling import Classes, draw
 from stages import evaluate
 from tests.conftest import composed, small_unet
 
@@ -284,18 +284,18 @@ def test_points_of_a_curve_that_differ_in_their_steps_alone_are_each_drawn(insid
 
 
 def test_further_samples_have_the_classes_of_the_data(inside):
-    unet = small_unet(num_class_embeds=2, class_names=("cat", "dog"))
+    unet = small_unet(num_class_embeds=2)
     tell(30, classes=["cat", "dog"])
-    save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16, "data": {"class_counts": [50, 10]}})
+    save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16, "data": {"class_counts": [50, 10]}}, ("cat", "dog"))
     options = ("model.class_conditional=true", "evaluate.nfe_curve=[{sampler: ddim, steps: [3]}]")
     run(*options, "sample.class_frequencies=data")
     settings = check(
         composed(*SETTINGS, *options, "sample.class_frequencies=data", "sample.steps=3", "sample.count=12")
     ).sample
-    new = draw(unet, GaussianDiffusion(DIFFUSION), settings, (50, 10))
+    new = draw(unet, GaussianDiffusion(DIFFUSION), settings, Classes(("cat", "dog"), (50, 10)))
     assert rows()[0]["frechet_distance"] == pytest.approx(distance(new), abs=1e-4)
     assert "as often as in the training data" in Path("results/evaluate/card.md").read_text()
-    save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16})
+    save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16}, ("cat", "dog"))
     with pytest.raises(UserError, match="does not hold the class_counts"):
         run(*options, "sample.class_frequencies=data")
 

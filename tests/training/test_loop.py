@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from ddpm import sampling
 from ddpm.config.checks import steps_per_epoch
 from ddpm.config.load import check
 from ddpm.config.schema import Tracking
@@ -17,18 +18,20 @@ from ddpm.core.pixels import to_model_range
 from ddpm.core.seeding import derive
 from ddpm.core.unet import UNet, initialise
 from ddpm.data.batches import as_tensor
+from ddpm.data.prepared import Images
 from ddpm.errors import UserError
 from ddpm.runtime.resume import ResumeState
 from ddpm.runtime.signals import Interrupted
 from ddpm.runtime.tracking import Tracker
-from ddpm.sampling import draw
 from ddpm.training import loop
-from ddpm.training.loop import Job, make_lr_schedule, train
+from ddpm.training.loop import Training
+from ddpm.training.setup import Design, make_lr_schedule, set_up
 from tests.conftest import composed, small_unet
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 UNCONDITIONAL: dict[str, Any] = {}
-TWO_CLASSES = {"class_names": ("dark", "bright"), "num_class_embeds": 3}
+TWO_CLASSES = {"num_class_embeds": 3, "has_no_label": True}
+NAMES = ("dark", "bright")
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
 
 
@@ -75,26 +78,19 @@ def run(
         )
     )
     config = small_unet(**{"dropout": 0.1} | network).config
+    diffusion = DiffusionConfig(50, "cosine", "v", learn_variance=learn_variance)
+    design = Design(config, diffusion, NAMES[: config.classes])
+    setup = set_up(params, design, torch.device(device), len(images))
     tracker = Curves(tmp_path / name, stop_at)
-    job = Job(
-        runtime=params.runtime,
-        train=params.train,
-        optimizer=params.optimizer,
-        lr_schedule=params.lr_schedule,
-        diffusion=GaussianDiffusion(DiffusionConfig(50, "cosine", "v", learn_variance=learn_variance), device),
-        device=torch.device(device),
-        tracker=tracker,
-        folder=tmp_path / "pictures",
-    )
     with ResumeState(tmp_path / f"state-{name}") as state:
-        model = train(UNet(config), images, np.arange(len(images)) % 2, job, state)
+        model = Training(setup, params.train, Images(images, np.arange(len(images)) % 2), tracker, state).run()
     return model, tracker
 
 
 @pytest.fixture
 def previews_at_will(monkeypatch):
-    """As often as every says: the images of these tests are too few for the bound."""
-    monkeypatch.setattr(loop, "epochs_per_preview", lambda every, epoch, whole: every)
+    """As often as preview_every_epochs says: the images of these tests are too few for the bound."""
+    monkeypatch.setattr(loop, "epochs_per_preview", lambda preview_every_epochs, epoch, whole: preview_every_epochs)
 
 
 def same(a, b):
@@ -149,7 +145,7 @@ def test_a_batch_in_parts_trains_as_the_whole(tmp_path, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_activations_that_are_computed_anew_change_nothing(tmp_path, device):
+def test_recomputed_activations_change_nothing(tmp_path, device):
     """Nor does dropout, which is drawn the same a second time; and less is held between the two passes."""
     held = []
 
@@ -158,10 +154,10 @@ def test_activations_that_are_computed_anew_change_nothing(tmp_path, device):
         return tensor
 
     models = []
-    for anew in ("false", "true"):
+    for flag in ("false", "true"):
         held.append(0)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            models.append(run(tmp_path, f"train.activation_checkpointing={anew}", device=device, name=anew)[0])
+            models.append(run(tmp_path, f"train.activation_checkpointing={flag}", device=device, name=flag)[0])
     assert same(*models)
     assert held[1] < held[0]
 
@@ -208,7 +204,7 @@ def brightness(model, classes, guidance=1.0):
     diffusion = GaussianDiffusion(DiffusionConfig(50, "cosine", "v"))
     settings = check(composed("sample.steps=10", "sample.batch_size=16", "diffusion.timesteps=50")).sample
     settings = settings.model_copy(update={"classes": classes, "guidance": guidance, "count": 16})
-    return draw(model, diffusion, settings).mean()
+    return sampling.draw(model, diffusion, settings, sampling.Classes(NAMES)).mean()
 
 
 def test_a_class_conditional_network_draws_the_class_it_is_asked_for(tmp_path):
@@ -323,7 +319,7 @@ def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, monk
     node = "{_target_: torchvision.transforms.v2.ToDtype, dtype: torch.float32, scale: true}"
     for name, transforms in (("pixels", "[]"), ("floats", f"[{node}]")):
         run(tmp_path, f"train.transforms={transforms}", "train.steps=3", name=name)
-        inputs.append((tmp_path / "pictures/inputs.png").read_bytes())
+        inputs.append((tmp_path / f"state-{name}/pictures/inputs.png").read_bytes())
     for pixels, floats in zip(seen[:3], seen[3:], strict=True):
         assert floats.min() < -0.9
         torch.testing.assert_close(pixels, floats)
@@ -429,3 +425,20 @@ def test_the_average_is_what_is_previewed_and_kept_and_not_the_live_weights(tmp_
     start = UNet(kept.config)
     initialise(start, torch.Generator().manual_seed(derive(0, "init")))
     assert [same(start, model) for model in (*seen, kept)] == [True, True]
+
+
+def test_the_average_warms_up_and_is_never_the_live_weights():
+    model = UNet(small_unet().config)
+    ema = EMA(model, decay=0.99)
+    start = [p.clone() for p in ema.model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    ema.update(step=0)  # decay 1/10
+    for average, before, live in zip(ema.model.parameters(), start, model.parameters(), strict=True):
+        torch.testing.assert_close(average, before + 0.9)
+        assert not torch.equal(average, live)
+    ema.update(step=10_000)  # decay 0.99
+    for average, before in zip(ema.model.parameters(), start, strict=True):
+        torch.testing.assert_close(average, before + 0.901)
+    assert not ema.model.training
