@@ -228,7 +228,7 @@ def damage(folder, kind):
         "no folder",
     ],
 )
-def test_a_damaged_model_folder_is_told_in_one_line_that_names_the_file(folder, kind):
+def test_a_damaged_model_folder_is_one_line_that_names_the_file(folder, kind):
     damage(folder, kind)
     with pytest.raises(UserError) as fault:
         load_model(folder)
@@ -267,14 +267,14 @@ def test_a_damaged_model_folder_is_told_in_one_line_that_names_the_file(folder, 
         ({"norm_eps": float("nan")}, "norm_eps = nan: must be above 0"),
     ],
 )
-def test_what_this_network_has_not_is_told_with_the_file_the_key_the_value_and_what_is_known(folder, changes, fault):
+def test_what_this_network_does_not_support_is_named_with_what_is_known(folder, changes, fault):
     config = folder / "unet/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         load_model(folder)
-    assert str(told.value).startswith(f"{config}: ")
-    assert fault in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(refused.value).startswith(f"{config}: ")
+    assert fault in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_pickled_weights_are_never_read(folder):
@@ -293,7 +293,7 @@ def test_the_model_folder_says_what_the_model_was_made_from(folder):
     assert "`training.json`" in card
 
 
-def test_a_model_folder_that_does_not_name_its_run_is_told(folder):
+def test_a_model_folder_that_does_not_name_its_run_is_refused(folder):
     save_model(folder, small_unet(), CONFIG, {"run": "0123456789abcdef"})
     assert training_run(folder) == "0123456789abcdef"
     (folder / "training.json").write_text("{}")
@@ -341,7 +341,7 @@ def test_a_resumed_training_goes_on_from_its_own_state(tmp_path, trained):
         ({"size": 16, "channels": 3}, "sample_size = 16, and .* 8"),
     ],
 )
-def test_a_folder_of_another_network_is_told_with_the_first_field_that_differs(tmp_path, changes, fault):
+def test_a_folder_of_another_network_names_the_first_field_that_differs(tmp_path, changes, fault):
     save_model(tmp_path / "other", small_unet(**changes), CONFIG, {})
     with pytest.raises(UserError, match=f"^params.yaml: train.init_from = .*other: its network has {fault}$"):
         train(tmp_path, f"train.init_from={tmp_path / 'other'}")
@@ -430,6 +430,6 @@ def test_starting_from_a_model_that_predicts_something_else_is_warned_of(tmp_pat
     save_model(tmp_path, small_unet(), CONFIG, {})
     for prediction in ("epsilon", "x0", "v"):
         load_weights(tmp_path, small_unet().config, prediction)
-        told = capsys.readouterr().err
-        assert (told == "") == (prediction == CONFIG.prediction)
-        assert told.count("\n") <= 1
+        warning = capsys.readouterr().err
+        assert (warning == "") == (prediction == CONFIG.prediction)
+        assert warning.count("\n") <= 1

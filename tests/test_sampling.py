@@ -43,7 +43,7 @@ def test_classes_are_drawn_in_turn_and_each_sample_depends_on_its_own_alone():
     [
         (PETS, NAMES, {"classes": ["cow"]}, "sample.classes: 'cow' is no class of models/ddpm; known: cat, dog"),
         ({"num_class_embeds": 3}, UNKNOWN, {"classes": [3]}, "'3' is no class of models/ddpm; known: 0, 1, 2"),
-        ({"num_class_embeds": 3}, UNKNOWN, {"guidance": 2.0}, "sample.guidance = 2: must be 1 .*not learnt to do without"),
+        ({"num_class_embeds": 3}, UNKNOWN, {"guidance": 2.0}, "guidance = 2: must be 1 .*not learnt to do without"),
         ({"num_class_embeds": 2}, NAMES, {"guidance": 0.5}, "sample.guidance = 0.5: must be 1"),
         ({}, UNKNOWN, {"classes": ["cat"]}, "'cat' is no class of models/ddpm; models/ddpm is unconditional"),
         ({}, UNKNOWN, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),

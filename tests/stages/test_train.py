@@ -51,15 +51,15 @@ def until_it_trains(process: subprocess.Popen[str]) -> None:
     time.sleep(0.5)
 
 
-def told(process: subprocess.Popen[str]) -> list[str]:
-    """Its last words, less the lines of progress."""
+def errors_of(process: subprocess.Popen[str]) -> list[str]:
+    """The lines on its stderr, without those of progress."""
     _, errors = process.communicate(timeout=60)
     return [line for line in errors.splitlines() if not line.startswith("train: ")]
 
 
 def test_a_transform_that_fails_in_a_worker_is_one_line(place: Path) -> None:
     process = started(place, RARELY)
-    (line,) = told(process)
+    (line,) = errors_of(process)
     assert process.returncode == 1
     assert line.startswith(
         "error: params.yaml: train.transforms.0 (RandomApply): Required crop size (64, 64) is larger"
@@ -71,7 +71,7 @@ def test_a_signal_to_all_processes_saves_and_ends_in_one_line(place: Path, signu
     process = started(place, FLIP)
     until_it_trains(process)
     os.killpg(process.pid, signum)  # as Ctrl-C in a terminal does
-    (line,) = told(process)
+    (line,) = errors_of(process)
     assert (process.returncode, line) == (128 + signum, f"stopped by {signum.name}; run it again to go on")
     assert list(place.glob(".state/train-*/state.pt"))
 
@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed_ends_the_training_in_one_line(place: Path) -> N
     process = started(place, FLIP)
     until_it_trains(process)
     psutil.Process(process.pid).children()[0].kill()  # as the kernel does where memory ends
-    (line,) = told(process)
+    (line,) = errors_of(process)
     assert process.returncode == 1
     assert line.startswith("error: params.yaml: train.workers = 2: DataLoader worker (pid ")
     assert "is killed by signal: Killed; lower it, or free memory" in line
