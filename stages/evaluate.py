@@ -1,8 +1,4 @@
-"""evaluate: samples, data/prepared and models/ddpm -> results/evaluate.
-
-Writes metrics.json, card.md (what the numbers were measured with), neighbours.png (samples beside their nearest
-training images), loss_by_timestep.json, bound_by_timestep.json and fd_by_nfe.json.
-"""
+"""evaluate: samples, data/prepared, models/ddpm -> results/evaluate (metrics.json, plots, card.md, neighbours.png)."""
 
 import hashlib
 from pathlib import Path
@@ -23,9 +19,8 @@ def main(params: "Params") -> None:
     from ddpm import files, model_folder
     from ddpm.core.diffusion import GaussianDiffusion
     from ddpm.data.prepared import Prepared
-    from ddpm.evaluation.card import rounded
     from ddpm.evaluation.evaluate import Subject, evaluate
-    from ddpm.runtime import device, processes
+    from ddpm.runtime import device
     from ddpm.runtime.run import open_run
     from ddpm.sampling import Classes
 
@@ -43,11 +38,7 @@ def main(params: "Params") -> None:
         subject = Subject(params.evaluate, params.sample, model.unet, diffusion, samples, data, classes, run.state)
         done = evaluate(subject)
         run.check_unchanged(data.changed(), DATA)
-
-        if processes.rank() == 0:
-            done.write(RESULTS)
-        run.tracker.log_picture(0, "neighbours", done.neighbours, RESULTS)
-        run.tracker.log(0, rounded(done.values))
+        done.write(RESULTS, run.tracker)
 
 
 if __name__ == "__main__":

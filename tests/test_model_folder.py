@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -433,3 +434,18 @@ def test_starting_from_a_model_that_predicts_something_else_is_warned_of(tmp_pat
         warning = capsys.readouterr().err
         assert (warning == "") == (prediction == CONFIG.prediction)
         assert warning.count("\n") <= 1
+        told = capsys.readouterr().err
+        assert (told == "") == (prediction == CONFIG.prediction)
+        assert told.count("\n") <= 1
+
+
+def test_a_schedule_that_floats_cannot_hold_is_refused_with_its_file(tmp_path):
+    save_model(tmp_path, small_unet(), DiffusionConfig(50, "linear", "v"), {})
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 100_000, "beta_end": 0.9}))
+    fault = (
+        f"{path}: the linear schedule with timesteps = 100000, beta_start = 0.0001 and beta_end = 0.9: alpha_bar runs"
+    )
+    with pytest.raises(UserError, match=re.escape(fault)) as refused:
+        load_model(tmp_path)
+    assert "\n" not in str(refused.value)

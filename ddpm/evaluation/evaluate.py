@@ -16,11 +16,13 @@ from ddpm.core.unet import UNet
 from ddpm.data.prepared import Prepared
 from ddpm.errors import UserError
 from ddpm.evaluation import distances
-from ddpm.evaluation.card import card, write_json
+from ddpm.evaluation.card import card, rounded, write_json
 from ddpm.evaluation.features import extract_features, weights_digest
 from ddpm.evaluation.held_out import HeldOut, held_out_loss, variational_bound
 from ddpm.files import write_file
+from ddpm.runtime import processes
 from ddpm.runtime.resume import Store
+from ddpm.runtime.tracking import Tracker
 from ddpm.sampling import Classes, check_variance, chosen_classes, draw, settings_name
 
 PAIRS, PAIR_COLUMNS = 24, 4  # of the picture of the nearest neighbours
@@ -109,12 +111,15 @@ class Evaluation:
     neighbours: Image.Image
     card: str
 
-    def write(self, folder: Path) -> None:
-        """Write metrics.json, the plots and card.md. (The picture is logged with the tracker.)"""
-        for name, rows in self.plots.items():
-            write_json(folder / f"{name}.json", rows)
-        write_json(folder / "metrics.json", self.values)
-        write_file(folder / "card.md", self.card.encode())
+    def write(self, folder: Path, tracker: Tracker) -> None:
+        """Write metrics.json, a JSON file for each plot, card.md and neighbours.png; record numbers and picture."""
+        if processes.rank() == 0:
+            for name, rows in self.plots.items():
+                write_json(folder / f"{name}.json", rows)
+            write_json(folder / "metrics.json", self.values)
+            write_file(folder / "card.md", self.card.encode())
+        tracker.log_picture(0, "neighbours", self.neighbours, folder)
+        tracker.log(0, rounded(self.values))
 
 
 def _check_fit(samples: np.ndarray, unet: UNet, info: Mapping[str, Any]) -> None:
