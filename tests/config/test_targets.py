@@ -1,5 +1,6 @@
 import importlib
 import inspect
+import io
 import itertools
 import re
 
@@ -170,6 +171,39 @@ def test_every_optimizer_is_built_from_its_learning_rate_and_takes_a_step(name):
     sum((p**2).sum() for p in parameters).backward()
     optimizer.step()
     assert all(torch.isfinite(p).all() and (p < 1).all() for p in parameters)
+
+
+NEEDED = {
+    "CosineAnnealingLR": {"T_max": 9},
+    "CosineAnnealingWarmRestarts": {"T_0": 5},
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 1.0},
+    "ExponentialLR": {"gamma": 0.9},
+    "MultiStepLR": {"milestones": [3, 6]},
+    "OneCycleLR": {"max_lr": 1.0, "total_steps": 9},
+    "StepLR": {"step_size": 5},
+}
+
+
+@pytest.mark.parametrize("name", targets.allowed_names(LR_SCHEDULER))
+def test_every_schedule_is_built_and_resumes_from_its_state(name):
+    def built():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0, momentum=0.9)
+        node = {"_target_": f"torch.optim.lr_scheduler.{name}"} | NEEDED.get(name, {})
+        return optimizer, build(node, LR_SCHEDULER, optimizer)
+
+    def rates(optimizer, schedule, steps):
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+            yield optimizer.param_groups[0]["lr"]
+
+    whole, before = list(rates(*built(), 8)), built()
+    first, resumed, saved = list(rates(*before, 4)), built(), io.BytesIO()
+    torch.save([part.state_dict() for part in before], saved)
+    saved.seek(0)
+    for part, state in zip(resumed, torch.load(saved, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert first + list(rates(*resumed, 4)) == whole
 
 
 def test_a_schedule_is_built_on_the_optimizer_that_is_passed():
