@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm.config.checks import check_data
 from ddpm.runtime.stage import run_stage
 from ddpm.runtime.workspace import root
 
@@ -17,6 +16,7 @@ OUT = Path("data/prepared")
 
 def main(params: Any) -> None:
     # after the parameters are checked, since they load numpy, Pillow and torch
+    from ddpm.config.checks import check_data
     from ddpm.config.load import load_all
     from ddpm.data.prepare import prepare
 

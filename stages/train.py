@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm.config.checks import check_data
 from ddpm.runtime.stage import run_stage
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ DATA, MODEL, RESULTS = Path("data/prepared"), Path("models/ddpm"), Path("results
 def main(params: "Params") -> None:
     # torch is imported here, after the environment that makes it reproducible is set
     from ddpm import files, model_folder
+    from ddpm.config.checks import check_data
     from ddpm.config.load import load_all
     from ddpm.data import prepared, transforms
     from ddpm.runtime import processes
