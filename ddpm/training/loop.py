@@ -126,7 +126,6 @@ class Training:
             "schedule": setup.schedule,
         }
         self.preview_every = self._epochs_per_preview()
-        self.clock = Clock()
 
     def run(self) -> UNet:
         """Train to the end, resuming from the state if it holds one; return the EMA network.
@@ -144,7 +143,7 @@ class Training:
             closing(self.batches()) as steps,
             self.progress() as bar,
         ):
-            self.clock = Clock()
+            self.clock = Clock()  # starts now
             for images, labels in steps:
                 self.optimizer_step(images, labels)
                 if self.at_curve_point():
