@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ddpm.config.schema import Runtime, Tracking
 from ddpm.errors import UserError
 from ddpm.runtime import processes
 from ddpm.runtime.device import choose_device, explain_out_of_memory
@@ -39,7 +40,8 @@ class Run:
 @contextmanager
 def open_run(
     stage: str,
-    params: Any,
+    runtime: Runtime,
+    tracking: Tracking,
     facts: tuple[object, ...],
     config: dict[str, Any],
     *,
@@ -54,7 +56,6 @@ def open_run(
 
     Args:
         stage: its name, as in dvc.yaml.
-        params: has the sections `runtime` and `tracking`.
         facts: what the result follows from (JSON-like: parameters, hashes of inputs); they name the run.
         config: the parameters that Weights & Biases shows.
         memory_advice: the settings to change where memory runs out, after "out of memory: ".
@@ -65,12 +66,12 @@ def open_run(
         UserError: `cuda` was asked for and is not there, another process works on this run, or memory ran out.
     """
     name = fingerprint(*facts)
-    device = choose_device(params.runtime)
+    device = choose_device(runtime)
     folder = None if curves is None else str(curves)
     with (
         explain_out_of_memory(memory_advice),
         ResumeState(state_folder(root() / ".state", stage, name)) as state,
-        Tracker(folder, params.tracking, config, run_id or name, stage) as tracker,
+        Tracker(folder, tracking, config, run_id or name, stage) as tracker,
     ):
         yield Run(name, device, state, tracker)
         state.remove()

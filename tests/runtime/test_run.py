@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -24,8 +22,8 @@ def place(tmp_path, monkeypatch):
 
 def opened(device="cpu", stage="train", facts=FACTS, **options):
     runtime = Runtime(device=device, reproducible=True, threads=1, launcher="none", processes=None)
-    params = SimpleNamespace(runtime=runtime, tracking=Tracking(wandb="disabled", project="ddpm"))
-    return open_run(stage, params, facts, {}, memory_advice="lower train.batch_size", **options)
+    tracking = Tracking(wandb="disabled", project="ddpm")
+    return open_run(stage, runtime, tracking, facts, {}, memory_advice="lower train.batch_size", **options)
 
 
 def states(place):
