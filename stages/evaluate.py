@@ -31,8 +31,9 @@ def main(params: "Params") -> None:
     config = {name: section.model_dump() for name, section in vars(params).items()}
     content = hashlib.sha256(samples.data).hexdigest()
     facts = (config, model_folder.weights_sha256(MODEL), classes.counts, data.info["sha256"], content)
-    advice, run_id = "lower evaluate.batch_size or sample.batch_size", model_folder.training_run(MODEL)
-    with open_run("evaluate", params, facts, config, memory_advice=advice, run_id=run_id) as run:
+    advice = "lower evaluate.batch_size or sample.batch_size"
+    options = {"memory_advice": advice, "run_id": model_folder.training_run(MODEL)}
+    with open_run("evaluate", params.runtime, params.tracking, facts, config, **options) as run:
         diffusion = GaussianDiffusion(model.diffusion, run.device)
         model.unet.to(run.device).to(memory_format=device.memory_format(params.runtime, run.device))
         subject = Subject(params.evaluate, params.sample, model.unet, diffusion, samples, data, classes, run.state)

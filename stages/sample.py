@@ -23,7 +23,7 @@ def main(params: "Params") -> None:
     classes = sampling.Classes(model.classes, model_folder.class_counts(MODEL))
     facts = (p.model_dump(), params.runtime.model_dump(), model_folder.weights_sha256(MODEL), classes.counts)
     options = {"memory_advice": "lower sample.batch_size", "run_id": model_folder.training_run(MODEL)}
-    with open_run("sample", params, facts, {"sample": p.model_dump()}, **options) as run:
+    with open_run("sample", params.runtime, params.tracking, facts, {"sample": p.model_dump()}, **options) as run:
         diffusion = GaussianDiffusion(model.diffusion, run.device)
         sampling.check_settings(p, model.unet, diffusion, classes)
         model.unet.to(run.device).to(memory_format=device.memory_format(params.runtime, run.device))

@@ -30,7 +30,8 @@ def main(params: "Params") -> None:
     config = {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
     start = {} if p.init_from is None else {"init_from": model_folder.weights_sha256(p.init_from)}
     facts = (config, data.info["sha256"], start)
-    with open_run("train", params, facts, config, memory_advice=loop.MEMORY_ADVICE, curves=RESULTS) as run:
+    options = {"memory_advice": loop.MEMORY_ADVICE, "curves": str(RESULTS)}
+    with open_run("train", params.runtime, params.tracking, facts, config, **options) as run:
         design = setup.design(params, data.info)
         training = loop.Training(
             setup.set_up(params, design, run.device, len(data.train.images)), p, data.train, run.tracker, run.state

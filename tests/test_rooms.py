@@ -23,12 +23,6 @@ FLOORS = (
     ("stages",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# What breaks the rule today: (importing file, imported module)
-EXCEPTIONS = {
-    # `unet_config` is on its way to the training, which reads settings
-    ("ddpm/core/unet.py", "ddpm.config.schema"),
-    ("ddpm/core/unet.py", "ddpm.errors"),
-}
 # The schema refuses a schedule that floats cannot hold, with the arithmetic of the core that needs no torch
 CORE_FOR_CONFIG = "ddpm.core.schedules"
 
@@ -88,7 +82,7 @@ def faults_of(path: str, text: str | None = None) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("path", [path for path in FILES if path != "ddpm/__init__.py"])
 def test_imports_go_down_the_floors(path):
-    assert set(faults_of(path)) == {fault for fault in EXCEPTIONS if fault[0] == path}
+    assert faults_of(path) == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +93,7 @@ def test_imports_go_down_the_floors(path):
         ("ddpm/core/bound.py", "from tqdm import tqdm"),
         ("ddpm/core/bound.py", "from ddpm import pictures"),
         ("ddpm/runtime/stage.py", "from ddpm.core import seeding"),
-        ("ddpm/runtime/stage.py", "from ddpm.data.batches import load_info"),
+        ("ddpm/runtime/stage.py", "from ddpm.data.prepared import Prepared"),
         ("ddpm/files.py", "from ddpm.runtime.stage import root"),
         ("ddpm/pictures.py", "from ddpm.runtime import stage"),
         ("ddpm/config/schema.py", "from ddpm.core.diffusion import Schedule"),
@@ -124,7 +118,6 @@ def test_a_module_without_a_floor_is_found():
 
 
 @pytest.mark.process
-@pytest.mark.xfail(strict=True, reason="ddpm/core/unet.py imports the schema; see EXCEPTIONS")
 def test_the_samplers_load_without_the_libraries_of_the_pipeline():
     code = (
         "import sys, torch; theirs = set(sys.modules); "  # torch itself imports tqdm
@@ -136,7 +129,6 @@ def test_the_samplers_load_without_the_libraries_of_the_pipeline():
 
 
 @pytest.mark.process
-@pytest.mark.xfail(strict=True, reason="ddpm/core/unet.py imports the schema; see EXCEPTIONS")
 def test_the_core_works_where_it_is_copied_alone(tmp_path):
     for path in (ROOT / "ddpm/core").glob("*.py"):
         copy = tmp_path / path.relative_to(ROOT)

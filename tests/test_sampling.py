@@ -160,7 +160,7 @@ def filmed(folder, count, batch_size, steps=4, damage=False, stop_at=None):
     d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v"))
 
     def draw(count, on_step, store=None):
-        return sampling.draw(small_unet(), d, settings(count=count, **changes), (), store, on_step)
+        return sampling.draw(small_unet(), d, settings(count=count, **changes), UNKNOWN, store, on_step)
 
     with ResumeState(folder) as state:
         moments = Moments(steps, count, batch_size, 64, state)
@@ -230,16 +230,16 @@ def test_damaged_moments_are_drawn_again(tmp_path):
 def test_settings_that_do_not_fit_the_model_are_refused_before_any_work(changes, fault):
     d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
     with pytest.raises(UserError, match=fault):
-        sampling.check_settings(settings(**changes), small_unet(), d)
-    sampling.check_settings(settings(), small_unet(), d)
+        sampling.check_settings(settings(**changes), small_unet(), d, UNKNOWN)
+    sampling.check_settings(settings(), small_unet(), d, UNKNOWN)
 
 
 def test_samples_that_are_filmed_are_those_that_are_drawn(tmp_path):
     d, unet, p = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(), settings(count=5)
     with ResumeState(tmp_path) as state:
-        images, strip, film = sampling.draw_filmed(unet, d, p, (), state)
+        images, strip, film = sampling.draw_filmed(unet, d, p, UNKNOWN, state)
     np.testing.assert_array_equal(images, sampling.draw(unet, d, p))
     np.testing.assert_array_equal(strip[:, -1], images)
     np.testing.assert_array_equal(film[-1], images)
-    for one, other in zip(sampling.draw_filmed(unet, d, p, (), Store()), (images, strip, film), strict=True):
+    for one, other in zip(sampling.draw_filmed(unet, d, p, UNKNOWN, Store()), (images, strip, film), strict=True):
         np.testing.assert_array_equal(one, other)  # with nothing kept, the first ones are drawn again

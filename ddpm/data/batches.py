@@ -1,101 +1,20 @@
 """Prepared images as batches. Arrays are memory-mapped, so a data set may be larger than memory."""
 
-import hashlib
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddpm.config.checks import steps_per_epoch
 from ddpm.core.seeding import derive, generator
-from ddpm.data.prepared import Info
 from ddpm.data.transforms import Transforms
 from ddpm.errors import UserError
-from ddpm.files import load_array
 from ddpm.runtime import processes
-
-
-def load_info(folder: str | Path) -> dict[str, Any]:
-    """data/prepared/dataset.json, as `Info`.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds something else.
-    """
-    path = Path(folder, "dataset.json")
-    try:
-        return Info.model_validate_json(path.read_bytes()).model_dump()
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = "".join(f"{part}: " for part in fault["loc"])
-        raise UserError(
-            f"{path}: {where}{fault['msg'].removeprefix('Value error, ')}; run the stage prepare_data again"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; run the stage prepare_data again") from None
-
-
-def load_images(folder: str | Path, split: str) -> np.ndarray:
-    """The prepared images of a split, memory-mapped: uint8 (N, H, W, C).
-
-    Raises:
-        UserError: the file is missing or damaged, or not the one that dataset.json tells of.
-    """
-    path, info = Path(folder, split, "images.npy"), load_info(folder)
-    images = load_array(path, "prepare_data", "uint8", 4)
-    if images.shape != (expected := (info["counts"].get(split), *info["shape"])):
-        raise UserError(f"{path}: holds {images.shape}, not {expected}; run the stage prepare_data again")
-    return images
-
-
-def load_labels(folder: str | Path, split: str) -> np.ndarray:
-    """The class of each prepared image of a split, memory-mapped: int64 (N,).
-
-    Raises:
-        UserError: the file is missing or damaged, or not the one that dataset.json tells of.
-    """
-    path, info = Path(folder, split, "labels.npy"), load_info(folder)
-    labels = load_array(path, "prepare_data", "int64", 1)
-    count, classes = info["counts"].get(split), len(info["classes"])
-    if len(labels) != count or (classes and not 0 <= labels.min() <= labels.max() < classes):
-        raise UserError(f"{path}: holds not {count} labels of {classes} classes; run the stage prepare_data again")
-    return labels
-
-
-def watch(folder: str | Path) -> Callable[[], bool]:
-    """Read all prepared data once; what is returned tells whether it was changed since.
-
-    Raises:
-        UserError: the data is not what dataset.json tells of.
-    """
-
-    def content() -> str:
-        digest = hashlib.sha256()
-        for split in load_info(folder)["counts"]:
-            digest.update(np.ascontiguousarray(load_images(folder, split)).data)
-            digest.update(np.ascontiguousarray(load_labels(folder, split)).data)
-        return digest.hexdigest()
-
-    def stamps() -> list[tuple[Path, int, int]]:
-        return [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*"))]
-
-    told, before = load_info(folder)["sha256"], stamps()
-    if content() != told:
-        raise UserError(f"{folder}: does not match its dataset.json; run the stage prepare_data again")
-
-    def changed() -> bool:
-        try:
-            return stamps() != before and content() != told
-        except (UserError, OSError):
-            return True
-
-    return changed
 
 
 def as_tensor(images: np.ndarray) -> Tensor:

@@ -35,7 +35,7 @@ def test_the_network_of_every_preset_takes_its_images(preset):
     params = check(composed(f"+experiment={preset}"))
     size, channels = params.dataset.image_size, params.dataset.channels
     with torch.device("meta"):
-        network = UNet(unet_config(params.model, size, channels, params.diffusion.learn_variance, ["a", "b"], True))
+        network = UNet(unet_config(params.model, size, channels, params.diffusion.learn_variance, 2, True))
         zeros = torch.zeros(2, dtype=torch.int64)
         labels = zeros if params.model.class_conditional else None
         out = network(torch.zeros(2, channels, size, size), zeros, labels)
