@@ -4,7 +4,7 @@ from benchmarks import growth, report, whole
 from benchmarks.__main__ import MEASUREMENTS
 
 
-def test_the_committed_page_is_what_the_committed_numbers_render_to():
+def test_the_committed_page_is_rendered_from_the_committed_numbers():
     page, plots = report.render(MEASUREMENTS)
     assert (report.RESULTS / "README.md").read_text(encoding="utf-8") == page
     assert plots.keys() == {path.name for path in report.RESULTS.glob("*.png")}

@@ -80,7 +80,7 @@ def test_the_committed_lock_agrees_with_the_tree():
             assert hashlib.md5((ROOT / entry["path"]).read_bytes()).hexdigest() == entry["md5"], entry["path"]
 
 
-def test_no_parameter_reaches_a_command_or_decides_where_a_stage_writes():
+def test_no_parameter_reaches_a_command_or_names_an_output():
     """dvc.yaml puts parameters in by templating: in a command that would be the shell's to run."""
     for name, stage in GRAPH.items():
         assert stage["cmd"] == f"exec python -m stages.{name}"

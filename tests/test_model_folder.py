@@ -148,7 +148,7 @@ def test_a_network_made_by_diffusers_loads_here_and_goes_back(tmp_path, values, 
     torch.testing.assert_close(*predictions(ours, again), rtol=1e-5, atol=1e-5)
 
 
-def test_an_old_folder_without_parts_and_with_the_old_names_of_attention_loads(tmp_path):
+def test_an_old_folder_with_old_names_of_attention_loads(tmp_path):
     """As the first models of diffusers lie on the Hub."""
     theirs = save_of_diffusers(tmp_path / "new", **CIFAR10)
     weights = {}
@@ -268,7 +268,7 @@ def test_a_damaged_model_folder_is_one_line_that_names_the_file(folder, kind):
         ({"norm_eps": float("nan")}, "norm_eps = nan: must be above 0"),
     ],
 )
-def test_what_this_network_does_not_support_is_named_with_what_is_known(folder, changes, fault):
+def test_an_unsupported_key_is_refused_with_file_value_and_choices(folder, changes, fault):
     config = folder / "unet/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(UserError) as refused:
@@ -342,7 +342,7 @@ def test_a_resumed_training_goes_on_from_its_own_state(tmp_path, trained):
         ({"size": 16, "channels": 3}, "sample_size = 16, and .* 8"),
     ],
 )
-def test_a_folder_of_another_network_names_the_first_field_that_differs(tmp_path, changes, fault):
+def test_another_network_is_refused_with_the_first_field_that_differs(tmp_path, changes, fault):
     save_model(tmp_path / "other", small_unet(**changes), CONFIG, {})
     with pytest.raises(UserError, match=f"^params.yaml: train.init_from = .*other: its network has {fault}$"):
         train(tmp_path, f"train.init_from={tmp_path / 'other'}")
@@ -356,7 +356,7 @@ def test_a_missing_folder_to_start_from_is_named(tmp_path):
         weights_sha256(nowhere)
 
 
-def test_the_train_stage_fine_tunes_and_tells_other_weights_of_the_same_folder_apart(tmp_path, monkeypatch):
+def test_fine_tuning_distinguishes_weights_of_the_same_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     run_stage(prepare_data)
@@ -404,7 +404,7 @@ def test_class_names_that_do_not_fit_are_reported_with_their_file(tmp_path, cont
         load_model(tmp_path)
 
 
-def test_a_conditional_model_whose_class_names_are_unknown_can_be_started_from(tmp_path):
+def test_a_model_with_unknown_class_names_can_start_a_training(tmp_path):
     save_model(tmp_path, small_unet(num_class_embeds=2), CONFIG, {})
     ours = small_unet(num_class_embeds=2)
     assert load_weights(tmp_path, ours.config, "v", ("cat", "dog")).keys() == ours.state_dict().keys()
@@ -427,7 +427,7 @@ def test_class_names_that_are_not_one_per_class_are_not_written(tmp_path, networ
     assert not list(tmp_path.iterdir())
 
 
-def test_starting_from_a_model_that_predicts_something_else_is_warned_of(tmp_path, capsys):
+def test_a_start_from_another_prediction_is_warned_of(tmp_path, capsys):
     save_model(tmp_path, small_unet(), CONFIG, {})
     for prediction in ("epsilon", "x0", "v"):
         load_weights(tmp_path, small_unet().config, prediction)

@@ -45,7 +45,7 @@ def test_pairs_stand_closer_together_than_what_is_beside_them():
     assert row[146:162].tolist() == [255] * 16
 
 
-def test_a_film_plays_every_moment_and_what_cannot_play_it_shows_the_last(tmp_path):
+def test_a_film_plays_every_moment_or_shows_the_last(tmp_path):
     moments = [np.full((3, 8, 8, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
     for name in ("a", "b"):
         pictures.save_film(moments, tmp_path / "new" / f"{name}.png")

@@ -27,7 +27,7 @@ def settings(**changes):
     return check(composed()).sample.model_copy(update={"steps": 4, "batch_size": 3} | changes)
 
 
-def test_classes_are_drawn_in_turn_and_each_sample_depends_on_its_own_alone():
+def test_classes_come_in_turn_and_each_sample_depends_on_its_own():
     d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
     every = sampling.draw(unet, d, settings(count=7), NAMES)
     dogs = sampling.draw(unet, d, settings(count=7, classes=["dog"]), NAMES)
@@ -61,7 +61,7 @@ COUNTS = (5000, 3000, 1200, 500, 0, 250, 50)
 COUNTED = Classes(LETTERS, COUNTS)
 
 
-def test_classes_are_drawn_as_often_as_the_data_has_them_in_every_prefix():
+def test_classes_follow_the_datas_frequencies_in_every_prefix():
     config, p = small_unet(**MANY).config, settings(class_frequencies="data")
     sequence = np.array(class_sequence(p, config, COUNTED, 5000))
     drawn = np.cumsum(sequence[:, None] == np.arange(7), axis=0)
@@ -227,7 +227,7 @@ def test_damaged_moments_are_drawn_again(tmp_path):
         ({"class_frequencies": "data"}, "sample.class_frequencies = data: models/ddpm is unconditional"),
     ],
 )
-def test_settings_that_do_not_fit_the_model_are_refused_before_any_work(changes, fault):
+def test_settings_that_do_not_fit_the_model_are_refused(changes, fault):
     d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
     with pytest.raises(UserError, match=fault):
         sampling.check_settings(settings(**changes), small_unet(), d, UNKNOWN)

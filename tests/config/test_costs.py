@@ -33,7 +33,7 @@ def test_what_can_be_measured_is_not_refused(shape, train, test, overrides):
 
 
 @pytest.mark.parametrize("reference", ["train", "all"])
-def test_distances_of_pixels_that_would_not_end_are_refused_with_what_to_use(reference):
+def test_distances_that_would_not_end_are_refused_with_a_remedy(reference):
     [(path, message)] = faults((256, 256, 3), 60_000, 10_000, f"evaluate.reference={reference}")
     assert path == "evaluate.features"
     assert message.startswith("the distances between 2,000 samples and 70,000 images of 256x256x3 need about ")

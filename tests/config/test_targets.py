@@ -165,7 +165,7 @@ def test_the_arguments_read_from_the_source_are_the_real_ones(kind, name):
 
 
 @pytest.mark.parametrize("name", targets.allowed_names(OPTIMIZER))
-def test_every_optimizer_is_built_from_its_learning_rate_and_takes_a_step(name):
+def test_every_optimizer_is_built_and_takes_a_step(name):
     parameters = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))]
     optimizer = build({"_target_": f"torch.optim.{name}", "lr": 0.1}, OPTIMIZER, parameters)
     sum((p**2).sum() for p in parameters).backward()

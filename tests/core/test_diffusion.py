@@ -59,7 +59,7 @@ def test_the_target_of_each_prediction_gives_back_the_image(prediction):
     torch.testing.assert_close(d.predict_x0(x_t, t, d.target(x0, t, noise)), x0, rtol=0, atol=2e-5)
 
 
-def test_the_loss_of_a_network_that_predicts_zero_is_the_power_of_its_target():
+def test_predicting_zero_loses_the_power_of_the_target():
     d = diffusion(prediction="epsilon")
     g = torch.Generator().manual_seed(0)
     x0, noise = torch.zeros(64, 1, 8, 8), torch.randn(64, 1, 8, 8, generator=g)
@@ -115,7 +115,7 @@ def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
-def test_min_snr_gives_one_weight_to_the_error_of_x0_whatever_is_predicted(prediction):
+def test_min_snr_weighs_the_error_of_x0_whatever_is_predicted(prediction):
     """The same mistake in x_0 costs the same in each parametrisation: min(SNR, 5) times its square."""
     d = diffusion("cosine", prediction)
     g = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def losses_of(config, weighting="simple"):
 
 
 @pytest.mark.parametrize("weighting", ["simple", "min_snr"])
-def test_the_simple_loss_of_a_prediction_is_one_number_whatever_is_minimised(weighting):
+def test_the_simple_loss_does_not_follow_what_is_minimised(weighting):
     plain = losses_of(DiffusionConfig(100, "cosine", "epsilon"))
     hybrid = losses_of(DiffusionConfig(100, "cosine", "epsilon", learn_variance=True), weighting)
     assert torch.equal(plain.objective, plain.simple)
@@ -154,7 +154,7 @@ def test_the_simple_loss_of_a_prediction_is_one_number_whatever_is_minimised(wei
 
 
 @pytest.mark.parametrize("t", [-1, -100, 100, 101, 2**40])
-def test_a_timestep_outside_of_the_tables_is_refused_wherever_they_are_looked_up(t):
+def test_a_timestep_outside_of_the_tables_is_refused_everywhere(t):
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "v", learn_variance=True))
     x, wrong = torch.zeros(2, 1, 4, 4), torch.tensor([5, t])
     share = torch.zeros_like(x)

@@ -66,7 +66,7 @@ def exact_correlated(d: GaussianDiffusion):
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_the_covariance_of_gaussian_data_is_reached_ever_better_with_more_steps(name):
+def test_more_steps_come_nearer_to_the_covariance_of_gaussian_data(name):
     d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "epsilon"))
     g = torch.Generator().manual_seed(0)
     start = torch.randn(20_000, 2, generator=g)
@@ -194,7 +194,7 @@ def test_a_path_outside_of_the_tables_is_refused(name, path):
 
 
 @pytest.mark.parametrize("steps", range(1, 40))
-def test_ancestral_ddim_ends_in_numbers_where_almost_no_signal_is_left(steps):
+def test_ancestral_ddim_is_finite_where_almost_no_signal_is_left(steps):
     d = GaussianDiffusion(DiffusionConfig(8000, "linear", "epsilon"))
     x = drawn("ddim", steps, d, exact_gaussian(d, mean=0.1, std=0.2), count=50, eta=1.0)
     assert x.isfinite().all()

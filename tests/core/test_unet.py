@@ -155,7 +155,7 @@ def configurations(draw):
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(configurations())
-def test_every_network_starts_at_zero_and_then_learns_with_every_parameter(config):
+def test_every_network_starts_at_zero_and_learns_everywhere(config):
     unet, generator = UNet(config), torch.Generator().manual_seed(0)
     initialise(unet, generator)
     size = (24, config.in_channels, config.sample_size, config.sample_size)
@@ -189,7 +189,7 @@ def test_the_time_embedding_is_the_papers():
 
 
 @pytest.mark.parametrize("size", [4, 16, 18])
-def test_doubling_and_convolving_at_once_is_nearest_neighbours_and_then_a_convolution(size):
+def test_doubling_and_convolving_at_once_is_one_after_the_other(size):
     torch.manual_seed(0)
     upsample = Upsample(6).double()
     x = torch.randn(2, 6, size, size, dtype=torch.float64, requires_grad=True)
@@ -225,7 +225,7 @@ def test_dropout_drops_its_share_everywhere_alike_and_keeps_the_mean(share):
     assert torch.equal(x.grad, y)
 
 
-def test_dropout_follows_from_the_seed_and_does_nothing_outside_training():
+def test_dropout_follows_the_seed_and_acts_in_training_alone():
     dropout, x = Dropout(0.5), torch.randn(3, 7)
     drawn = []
     for seed in (0, 0, 1):

@@ -32,7 +32,7 @@ def test_every_image_comes_with_its_own_label(transforms, workers):
         assert (images[:, 0, 0, 0].long() * 7).tolist() == labels.tolist()
 
 
-def test_an_epoch_shows_each_image_at_most_once_and_another_epoch_in_another_order():
+def test_an_epoch_shows_each_image_once_in_an_order_of_its_own():
     epochs = [torch.cat(drawn(6 * e, 6 * e + 6))[:, 0, 0, 0].tolist() for e in range(2)]
     assert all(len(set(epoch)) == 48 for epoch in epochs)
     assert epochs[0] != epochs[1]
@@ -73,7 +73,7 @@ def test_another_seed_gives_another_order():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_transforms_that_end_in_floats_give_the_network_the_same_images(workers):
+def test_transforms_that_end_in_floats_give_the_same_images(workers):
     node = {"_target_": "torchvision.transforms.v2.ToDtype", "dtype": "torch.float32", "scale": True}
     floats, pixels = drawn(transforms=[node], workers=workers), drawn()
     for one, other in zip(floats, pixels, strict=True):
@@ -104,7 +104,7 @@ def test_no_batch_of_floats_outside_the_range_reaches_the_network():
         drawn(0, 99, transforms=[scaled, fill])
 
 
-def test_a_batch_larger_than_the_folder_takes_every_image_as_often_as_any_other():
+def test_a_batch_larger_than_the_folder_takes_all_images_alike():
     """120 of 50 images: twice each, and 20 a third time; each step is an epoch of three new orders."""
     steps = [[int(value) for value in batch[:, 0, 0, 0]] for batch in drawn(0, 4, batch_size=120)]
     for batch in steps:
@@ -121,7 +121,7 @@ def test_a_large_batch_is_the_same_after_a_stop_and_with_workers(workers):
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
 
 
-def test_an_image_that_is_twice_in_a_batch_is_transformed_in_two_ways():
+def test_an_image_that_is_twice_in_a_batch_is_augmented_twice():
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
     batch, _ = next(batches(images, np.zeros(1, int), batch_size=16, seed=0, steps=range(1), transforms=JITTER))
     assert len({tuple(one.flatten().tolist()) for one in batch}) > 10
@@ -169,7 +169,7 @@ print(len(rest), len(np.unique(rest[-len(images):])), held("RssAnon:") - before 
 
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
-def test_a_data_set_many_times_larger_than_the_memory_is_read_and_shuffled_exactly(tmp_path):
+def test_data_larger_than_memory_is_read_and_shuffled_exactly(tmp_path):
     """Two epochs over 900 MB with 192 MiB to spare; the file is sparse, and each image carries its index."""
     count, size = 4_600, 256
     for split, rows in (("train", count), ("test", 1)):

@@ -180,7 +180,7 @@ def test_every_chroma_subsampling_is_taken(subsampling: str, tmp_path: Path) -> 
         assert np.array_equal(decoded(content, tmp_path, size), as_pillow_reads(content, size))
 
 
-def test_a_subsampling_that_the_strict_decoder_does_not_know_is_left_to_pillow(tmp_path: Path) -> None:
+def test_a_subsampling_unknown_to_the_strict_decoder_is_pillows(tmp_path: Path) -> None:
     plain = saved("JPEG", Image.new("RGB", (32, 16), (128, 128, 128)), subsampling=0)
     frame, scan = plain.index(b"\xff\xc0"), plain.index(b"\xff\xda") + 14
     header = bytearray(plain[:scan])

@@ -242,7 +242,7 @@ def test_files_that_are_no_whole_image_come_back_with_the_reason(tmp_path: Path)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_a_picture_above_the_limit_is_refused_with_the_setting_that_raises_it(tmp_path: Path) -> None:
+def test_a_picture_above_the_limit_is_refused_with_its_setting(tmp_path: Path) -> None:
     bomb = png(np.zeros((1, 1, 1), int), 8, 0, size=(60_000, 60_000))
     (tmp_path / "bomb.png").write_bytes(bomb)
     assert decode_file(str(tmp_path / "bomb.png"), 8, 1, 179) == (

@@ -220,7 +220,7 @@ def test_the_role_of_a_folder_is_in_the_words_of_its_name(name: str, role: str, 
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", b"caf\xe9/1.png", b"caf\xe9.txt", b".caf\xe9"])
-def test_a_name_that_is_not_utf8_is_refused_with_the_command_that_mends_it(name: bytes) -> None:
+def test_a_name_that_is_not_utf8_is_refused_with_its_remedy(name: bytes) -> None:
     make("cat:3", "my raw")
     path = Path("my raw", os.fsdecode(name))
     path.parent.mkdir(exist_ok=True)
@@ -242,7 +242,7 @@ def test_a_folder_of_nearly_the_same_name_is_hinted_at(name: str) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_in_a_temporary_workspace_of_dvc_the_line_says_to_track_the_folder(
+def test_in_a_temporary_workspace_the_line_says_to_track_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))

@@ -73,7 +73,7 @@ def test_missing_or_odd_prepared_data_is_reported_in_one_line(tmp_path):
         ({"sha256": None}, "dataset.json: sha256: Input should be a valid string"),
     ],
 )
-def test_prepared_data_that_does_not_belong_together_is_reported_in_one_line(tmp_path, changes, told):
+def test_prepared_data_that_does_not_match_is_reported_in_one_line(tmp_path, changes, told):
     with pytest.raises(UserError, match=f"{told}.*; run the stage prepare_data again$"):
         Prepared(written(tmp_path, **changes))
 

@@ -39,7 +39,7 @@ def test_the_card_tells_what_the_distance_was_measured_with():
     ("frequencies", "words"),
     [("equal", "each as often as the others, whatever the data"), ("data", "as often as in the training data")],
 )
-def test_the_card_of_a_class_conditional_model_has_classes_frequencies_and_guidance(frequencies, words):
+def test_the_card_of_a_conditional_model_has_classes_and_guidance(frequencies, words):
     conditional = ("model.class_conditional=true", "sample.guidance=2.5", f"sample.class_frequencies={frequencies}")
     assert card(*conditional, classes=["cat", "dog"])["Classes"] == f"cat, dog; {words}; guidance scale 2.5"
     assert "Classes" not in card()
@@ -50,12 +50,12 @@ def test_a_distance_of_pixels_is_not_called_fid():
     assert card()["Fréchet distance"] == "0.0456"
 
 
-def test_mean_and_spread_are_told_where_several_seeds_were_asked_for():
+def test_several_seeds_give_mean_and_spread():
     assert card("evaluate.seeds=3")["Fréchet distance, 3 seeds"] == "0.0467 ± 0.0012 (mean ± standard deviation)"
     assert not any("seeds" in name for name in card())
 
 
-def test_what_is_not_defined_for_the_data_is_said_in_the_card_and_left_out_of_the_numbers(tmp_path):
+def test_undefined_numbers_are_named_in_the_card_and_left_out(tmp_path):
     assert card()["Fréchet distance to train / to test"] == "0.0512 / not defined"
     cards.write_json(tmp_path / "new/metrics.json", VALUES)
     written = json.loads((tmp_path / "new/metrics.json").read_text())

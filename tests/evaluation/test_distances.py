@@ -62,11 +62,11 @@ def test_the_frechet_distance_is_that_of_scipys_matrix_root():
 
 
 @pytest.mark.parametrize("sets", [(pixels(2000), pixels(1797, seed=1)), (digits()[::2], digits()[1::2])])
-def test_the_frechet_distance_is_that_of_torch_fidelity_where_images_outnumber_pixels(sets):
+def test_the_frechet_distance_equals_torch_fidelitys(sets):
     assert frechet(*sets) == pytest.approx(peer(*sets), rel=1e-6)
 
 
-def test_sets_without_common_directions_are_at_the_sum_of_their_spreads():
+def test_sets_without_common_directions_add_their_spreads():
     a, b = np.zeros((2, 30, 100))  # of rank 29, in 100 dimensions
     a[:, :50], b[:, 50:] = gaussian(30, dim=50), gaussian(30, dim=50, seed=1)
     a -= a.mean(0)
@@ -74,7 +74,7 @@ def test_sets_without_common_directions_are_at_the_sum_of_their_spreads():
     assert frechet(a, b) == pytest.approx((a.var(0, ddof=1) + b.var(0, ddof=1)).sum(), rel=1e-9)
 
 
-def test_a_set_in_wide_images_is_measured_without_a_covariance_of_their_size():
+def test_wide_images_are_measured_without_a_covariance_matrix():
     a, b = pixels(20, dim=196_608), pixels(30, dim=196_608, seed=1)  # 256x256x3: 288 GiB for one
     assert frechet(a, b) > 0
     assert Normal(a).covariance is None

@@ -11,9 +11,7 @@ from tests.robustness.kills import Ground
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
-def test_a_run_that_is_killed_under_every_command_ends_in_the_bytes_of_an_untouched_one(
-    smoke: Clone, tmp_path: Path
-) -> None:
+def test_a_run_killed_under_every_command_ends_in_the_same_bytes(smoke: Clone, tmp_path: Path) -> None:
     git_clone(smoke.folder, tmp_path / "clone")
     ground = Ground(tmp_path / "clone", random.Random(1), SMOKE[1::2], duration=15)
     try:

@@ -154,7 +154,7 @@ def test_an_imported_folder_is_pulled_where_its_source_is_not(person, tmp_path):
     assert len(list((clone.folder / "data/raw").iterdir())) == 5
 
 
-def test_a_folder_elsewhere_is_watched_and_seen_by_a_temporary_workspace(person, tmp_path):
+def test_a_folder_elsewhere_is_watched_and_seen_in_workspaces(person, tmp_path):
     clone = git_clone(person.base / "hosted.git", tmp_path / "watching")
     pictures = tmp_path / "Müller's (1) = #~"
     photographs(pictures, 12)

@@ -105,7 +105,7 @@ def test_every_chart_and_picture_is_drawn_without_a_network(browser, page_of_one
 
 
 @pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])
-def test_two_revisions_are_overlaid_in_the_charts_and_side_by_side_in_the_pictures(browser, page_of_two, size):
+def test_two_revisions_are_overlaid_and_side_by_side(browser, page_of_two, size):
     page, trouble = opened(browser, page_of_two, size)
     assert "default and main" in page.locator("header p").inner_text()
     for title in CHARTS:
@@ -152,7 +152,7 @@ def test_dvc_alone_writes_the_page_too_with_scripts_from_the_network(browser, pa
     page.close()
 
 
-def test_where_the_scripts_cannot_be_loaded_the_page_shows_the_pictures_and_says_what_to_do(browser, page_of_dvc):
+def test_without_its_scripts_the_page_shows_the_pictures_and_a_hint(browser, page_of_dvc):
     page = browser.new_page()
     page.route(ELSEWHERE, lambda route: route.abort())
     page.goto(page_of_dvc.as_uri())

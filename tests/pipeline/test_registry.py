@@ -45,7 +45,7 @@ def test_a_version_is_a_tag_of_git(released: Path) -> None:
     ],
     ids=["version", "stage", "latest"],
 )
-def test_a_released_model_is_fetched_by_version_or_stage_or_else_the_latest(
+def test_a_released_model_is_fetched_by_version_stage_or_latest(
     released: Path, smoke: Clone, tmp_path: Path, address: str, choice: list[str], second: bool
 ) -> None:
     reader = Clone(tmp_path)

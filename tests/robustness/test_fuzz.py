@@ -8,7 +8,7 @@ pytestmark = pytest.mark.process
 
 
 @pytest.mark.parametrize("kind", CHECKS)
-def test_what_is_damaged_odd_or_hostile_ends_in_a_result_or_in_lines_that_can_be_shown(kind):
+def test_damaged_and_hostile_input_ends_in_a_result_or_in_lines(kind):
     counts = fuzz(kind, 100)
     assert counts.total() > 50  # hypothesis does not count what it draws twice
     assert set(counts) == {"result", "told"}

@@ -83,7 +83,7 @@ def test_the_module_computes_nothing_when_it_is_imported():
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_auto_takes_nothing_that_depends_on_the_machine_where_the_bytes_have_to_be_the_same(monkeypatch, kind):
+def test_auto_takes_no_machine_dependent_kernel_if_reproducible(monkeypatch, kind):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     train, where = Train(**composed()["train"]), torch.device(kind)
     exact = choose_kernels(train, runtime(kind, True, 1), where, steps=10**6)

@@ -81,7 +81,7 @@ def until(condition: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def test_two_processes_have_the_loss_curve_the_samples_and_the_metrics_of_one(place):
+def test_two_processes_have_the_curve_samples_and_metrics_of_one(place):
     """The same global batch. Sums are made in another order, so the loss agrees to rounding."""
     finish(start(place, "train"))
     one = loss_curve(place)
@@ -106,7 +106,7 @@ def test_two_processes_have_the_loss_curve_the_samples_and_the_metrics_of_one(pl
         pytest.param("SIGTERM", 143, "stopped by SIGTERM", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_process_ends_the_run_in_seconds_and_the_next_run_resumes_to_the_same_bytes(place, name, code, told):
+def test_a_killed_process_ends_the_run_and_the_next_has_the_same_bytes(place, name, code, told):
     long = (*SEVERAL, "train.steps=40", "train.save_every_seconds=1e-9")
     curve, weights = loss_file(place), place / "models/ddpm/unet/diffusion_pytorch_model.safetensors"
     finish(start(place, "train", *long))
@@ -151,7 +151,7 @@ def test_two_machines_train_as_one(place):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_machine_goes_on_on_two_with_the_same_loss_curve(place):
+def test_a_run_of_one_machine_resumes_on_two_with_the_same_curve(place):
     one = ("runtime.launcher=torchrun", "runtime.processes=1", "train.steps=40", "train.save_every_seconds=1e-9")
     finish(start(place, "train", *one))
     untouched = loss_curve(place)

@@ -85,14 +85,14 @@ def test_what_is_saved_is_loaded_bit_for_bit(state):
     assert all(torch.equal(old[i][name], new[i][name]) for i in old for name in old[i])
 
 
-def test_the_same_state_is_written_in_the_same_bytes_wherever_it_lies(tmp_path):
+def test_the_same_state_has_the_same_bytes_in_any_folder(tmp_path):
     for name in ("one", "another"):
         with ResumeState(tmp_path / name) as state:
             save(state, {"x": torch.arange(9.0), "step": 3})
     assert (tmp_path / "one/state.pt").read_bytes() == (tmp_path / "another/state.pt").read_bytes()
 
 
-def test_a_state_is_copied_when_it_is_saved_and_written_beside_what_follows(state, monkeypatch):
+def test_a_state_is_copied_at_once_and_written_in_the_background(state, monkeypatch):
     weights, gate = torch.zeros(3), threading.Event()
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (gate.wait(30), fsync(file)))
@@ -103,7 +103,7 @@ def test_a_state_is_copied_when_it_is_saved_and_written_beside_what_follows(stat
     assert torch.equal(state.load()["weights"], torch.zeros(3))
 
 
-def test_a_state_that_could_not_be_written_is_told_of_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
+def test_a_failed_write_of_a_state_is_reported_at_the_next_save(tmp_path, monkeypatch):
     def full(file):
         raise OSError(28, "No space left on device")
 
@@ -222,7 +222,7 @@ class Code:
         return os.mkdir, (self.path,)
 
 
-def test_code_in_a_state_with_a_right_checksum_is_passed_over_and_not_run(state, tmp_path, capsys):
+def test_code_in_a_state_with_a_right_checksum_is_not_run(state, tmp_path, capsys):
     save(state, {"step": 1})
     save(state, {"step": 2})
     data = pickle.dumps({"step": Code(str(tmp_path / "made"))}, protocol=2)
@@ -237,7 +237,7 @@ def test_code_in_a_state_with_a_right_checksum_is_passed_over_and_not_run(state,
 
 
 @pytest.mark.process
-def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp_path, monkeypatch):
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "PATIENCE", 0.2)
     folder = tmp_path / "state"
     with python("-c", HOLDER, folder, stdin=subprocess.PIPE) as holder:
@@ -257,7 +257,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(tmp
 
 @pytest.mark.process
 @pytest.mark.parametrize("end", ["pass", "state.remove()"])
-def test_a_process_waits_for_one_that_was_told_to_stop_and_holds_what_others_see(tmp_path, monkeypatch, end, capfd):
+def test_a_process_waits_for_one_that_is_still_saving(tmp_path, monkeypatch, end, capfd):
     folder = tmp_path / "state"
     code = HOLDER.replace("sys.stdin.read()", f"import time; time.sleep(1); {end}").replace("):\n", ") as state:\n")
     with python("-c", code, folder) as holder:
@@ -290,7 +290,7 @@ def unfinished(parent, names):
     return [parent / name for name in names]
 
 
-def test_the_oldest_unfinished_runs_of_a_stage_make_room_for_a_new_one(tmp_path, capsys):
+def test_the_oldest_unfinished_runs_make_room_for_a_new_one(tmp_path, capsys):
     other, *runs = unfinished(tmp_path, ["sample-0", *(f"train-{i}" for i in range(MAX_UNFINISHED_RUNS + 2))])
     with (runs[0] / "lock").open() as at_work:
         fcntl.flock(at_work, fcntl.LOCK_EX)
@@ -302,7 +302,7 @@ def test_the_oldest_unfinished_runs_of_a_stage_make_room_for_a_new_one(tmp_path,
 
 @pytest.mark.process
 @pytest.mark.parametrize("option", [[], ["--clean"]])
-def test_what_unfinished_runs_keep_is_listed_and_cleaned_by_one_command(tmp_path, option):
+def test_states_are_listed_and_cleaned_by_one_command(tmp_path, option):
     at_work, *runs = unfinished(tmp_path / ".state", ["train-a1", "train-b2", "sample-c3", "evaluate-d4.done"])
     with (at_work / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -343,9 +343,7 @@ def test_the_fingerprint_follows_parameters_and_data():
     ("owner", "name"),
     [(torch, "__version__"), (resume.platform, "machine"), (resume.platform, "python_version")],
 )
-def test_the_folder_of_a_state_follows_the_versions_and_the_name_of_the_run_does_not(
-    monkeypatch, owner, name, tmp_path
-):
+def test_a_states_folder_follows_the_versions_and_a_runs_name_does_not(monkeypatch, owner, name, tmp_path):
     def names():
         return fingerprint(PARAMS), state_folder(tmp_path, "train", fingerprint(PARAMS))
 
@@ -373,7 +371,7 @@ def test_a_part_that_was_kept_is_not_computed_again(state):
 
 
 @pytest.mark.parametrize("done", [(), (2,), (0, 1), (0, 1, 2, 3)])
-def test_batches_that_were_finished_are_read_back_and_the_bar_counts_them(state, done):
+def test_finished_batches_are_read_back_and_counted_by_the_bar(state, done):
     """Ten rows, three at a time, four units of the bar per row."""
     computed, moved = [], []
 
@@ -442,7 +440,7 @@ def test_a_crash_while_a_part_is_kept_leaves_none(state, monkeypatch):
     assert state.kept("part", lambda: np.arange(3) + 1)[0] == 1
 
 
-def test_the_name_of_a_run_does_not_follow_the_code_and_its_state_does(monkeypatch, tmp_path):
+def test_a_runs_name_does_not_follow_the_code_and_its_state_does(monkeypatch, tmp_path):
     monkeypatch.setattr(imports, "ROOT", tmp_path / "code")
     for path in ("stages/train.py", "ddpm/a.py", "ddpm/b.py"):
         (tmp_path / "code" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -468,7 +466,7 @@ def two_origins(tmp_path, monkeypatch):
     yield old.folder, state_folder(tmp_path / ".state", "train", "abc")
 
 
-def test_a_state_of_other_code_is_reported_with_the_files_that_differ(two_origins, capsys):
+def test_a_state_of_other_code_is_reported_with_its_files(two_origins, capsys):
     old, new = two_origins
     for printed in (True, False):  # once: the second time this code has a state of its own
         with ResumeState(new) as state:

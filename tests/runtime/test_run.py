@@ -30,7 +30,7 @@ def states(place):
     return [path.name for path in (place / "main/.state").glob("*")]
 
 
-def test_a_run_is_named_by_its_facts_and_keeps_its_state_below_the_root(place):
+def test_a_run_is_named_by_its_facts(place):
     with opened() as run:
         assert run.name == fingerprint(*FACTS)
         assert run.device == torch.device("cpu")

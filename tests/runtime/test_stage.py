@@ -93,13 +93,13 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 
 
 @pytest.mark.parametrize("stage", ["prepare_data", "train", "sample", "evaluate"])
-def test_ctrl_c_while_a_stage_still_loads_its_libraries_is_told_in_one_line(tmp_path, stage):
+def test_ctrl_c_during_the_imports_is_reported_in_one_line(tmp_path, stage):
     done = subprocess.run([sys.executable, "-c", EARLY, f"stages.{stage}"], timeout=PATIENCE, **prepare(tmp_path))
     assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run it again to go on\n")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_no_library_goes_on_without_what_it_was_importing_when_a_signal_came(tmp_path, name, code):
+def test_a_signal_during_an_import_ends_the_process_at_once(tmp_path, name, code):
     swallows = f"import os, signal\ntry: os.kill(os.getpid(), signal.{name})\nexcept BaseException: pass\n"
     (tmp_path / "swallows.py").write_text(swallows)
     done = run(tmp_path, "import swallows; print('went on')")
@@ -144,7 +144,7 @@ def test_a_stage_dies_with_its_parent(tmp_path, platform):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 @pytest.mark.parametrize("name", ["exec-run", "repro"])
-def test_a_stage_of_a_queue_stops_when_the_worker_is_killed_above_its_dvc(tmp_path, name):
+def test_a_queued_stage_stops_when_the_worker_is_killed(tmp_path, name):
     """dvc exp queue-worker starts dvc exp exec-run, which starts the stage; nobody would collect what it makes."""
     inner = f"'{sys.executable}' stage.py; true"
     worker = ["sh", "-c", f'sh -c "{inner}" {name}; true']
@@ -174,7 +174,7 @@ def test_a_stage_that_was_started_by_hand_needs_no_parent(tmp_path):
     assert (done.stdout, done.stderr) == ("run\n", "")
 
 
-def test_a_stage_waits_for_one_that_is_about_to_end_in_the_same_folder(tmp_path):
+def test_a_stage_waits_for_one_that_is_ending_in_the_same_folder(tmp_path):
     """As when dvc was killed and is started again while its stage still saves."""
     options = prepare(tmp_path, "print('ready', flush=True); time.sleep(1); print('done', flush=True)")
     with (
@@ -200,7 +200,7 @@ def test_a_stage_refuses_to_run_beside_another_in_the_same_folder(tmp_path):
 
 
 @pytest.mark.parametrize("reproducible", [True, False])
-def test_the_environment_of_reproducible_runs_is_set_before_anything_is_computed(tmp_path, reproducible):
+def test_the_reproducible_environment_is_set_before_any_computation(tmp_path, reproducible):
     names = list(REPRODUCIBLE_ENVIRONMENT)
     body = f"assert not {{'torch', 'numpy'}} & set(sys.modules); print([os.environ.get(n) for n in {names}])"
     done = run(tmp_path, body, reproducible=reproducible)
@@ -224,7 +224,7 @@ def everything_in(folder):
         ),
     ],
 )
-def test_wrong_parameters_stop_the_training_within_two_seconds_and_touch_nothing(tmp_path, old, new, told):
+def test_wrong_parameters_stop_a_training_within_two_seconds(tmp_path, old, new, told):
     for name in ("data/prepared/dataset.json", "models/ddpm/model_index.json", "results/train/metrics.json"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}")
@@ -291,7 +291,7 @@ def test_every_expected_end_has_its_code_and_its_line(quiet_process, capsys, err
     assert capsys.readouterr() == ("", told)
 
 
-def test_a_stage_that_ends_well_returns_and_has_seen_its_sections_alone(quiet_process):
+def test_a_stage_sees_its_sections_alone_and_returns(quiet_process):
     seen = []
     run_stage(lambda params: seen.append(vars(params)), ("sample", "runtime"))
     assert set(seen[0]) == {"sample", "runtime"}

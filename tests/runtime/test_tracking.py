@@ -309,7 +309,7 @@ def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path, refused):
     assert rows[0]["train/loss"] == 0.5
 
 
-def test_a_connection_that_breaks_is_one_warning_and_dvclive_goes_on(started, capsys):
+def test_a_broken_connection_is_one_warning_and_dvclive_continues(started, capsys):
     started.run.fails_at = 2
     assert track().run is None
     assert capsys.readouterr().err == "warning: W&B: the network is gone; this run is no longer recorded there\n"
@@ -401,7 +401,7 @@ def test_two_runs_with_the_same_records_leave_the_same_bytes():
     assert not any(b"images_per_second" in data or b"12.5" in data for data in contents("one").values())
 
 
-def test_a_history_that_is_replayed_leaves_the_bytes_of_a_run_that_was_never_stopped():
+def test_a_replayed_history_has_the_bytes_of_an_undisturbed_run():
     track("whole", setting=OFF)
     with Tracker("resumed", OFF, CONFIG, "abc123", "train") as tracker:  # stopped: no finish()
         for step, metrics in HISTORY[:3]:

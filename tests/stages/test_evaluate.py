@@ -125,7 +125,7 @@ def test_metrics_are_numbers_and_the_card_has_the_words(inside):
         assert text in card
 
 
-def test_the_distances_to_train_and_test_are_told_whatever_the_reference(inside):
+def test_distances_to_train_and_test_are_there_for_any_reference(inside):
     by_reference = {name: run(f"evaluate.reference={name}") for name in ("train", "test", "all")}
     for name in ("train", "test"):
         assert by_reference[name]["frechet_distance"] == by_reference["all"][f"frechet_distance_{name}"]
@@ -157,7 +157,7 @@ def test_the_curve_has_a_point_for_each_sampler_and_number_of_steps(inside):
         assert row["frechet_distance"] == pytest.approx(distance(drawn(0, count=12, **settings)), abs=1e-4)
 
 
-def test_copies_of_training_images_are_found_and_shown_beside_their_originals(inside):
+def test_copies_are_found_and_shown_beside_their_originals(inside):
     copied = np.load("data/prepared/train/images.npy")[::-1][:24]
     np.save("samples/images.npy", copied)
     assert run()["memorisation_ratio"] == 0
@@ -166,7 +166,7 @@ def test_copies_of_training_images_are_found_and_shown_beside_their_originals(in
     np.testing.assert_array_equal(picture[16:80:8, 16:80:8], copied[0, ..., 0])
 
 
-def test_samples_that_are_the_reference_images_are_at_distance_zero(inside):
+def test_samples_equal_to_the_reference_are_at_distance_zero(inside):
     """Neither set is mirrored, scaled or read in another way than the other: noise images have no symmetry."""
     for reference in ("train", "test"):
         np.save("samples/images.npy", np.load(f"data/prepared/{reference}/images.npy"))
@@ -177,7 +177,7 @@ def test_samples_that_are_the_reference_images_are_at_distance_zero(inside):
 
 @pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 1), (3, 2), (4, 4), (5, 1), (60, 1)])
 @pytest.mark.parametrize("samples", [1, 3, 24])
-def test_of_few_images_what_is_defined_is_written_and_the_rest_is_named(inside, counts, samples):
+def test_few_images_give_what_is_defined_and_name_the_rest(inside, counts, samples):
     train, test = counts
     split("train", train)
     split("test", test)
@@ -200,7 +200,7 @@ def test_of_few_images_what_is_defined_is_written_and_the_rest_is_named(inside, 
     assert {path.name for path in Path("results/evaluate").iterdir()} == set(OUTPUTS)
 
 
-def test_a_reference_no_larger_than_the_neighbours_is_measured_otherwise(inside):
+def test_a_reference_smaller_than_the_neighbours_is_still_measured(inside):
     values = run("evaluate.neighbours=20", "sample.count=24", "evaluate.reference=test")
     assert {"precision", "recall"} <= set(values)
     split("test", 20)
@@ -246,7 +246,7 @@ def test_the_statistics_of_each_set_are_computed_once(inside, monkeypatch):
          r"models/ddpm: knows 3 classes, and data/prepared 0; run the stage train again"),
     ],
 )  # fmt: skip
-def test_samples_or_a_network_that_do_not_fit_the_data_are_refused_in_a_line(inside, make, fault):
+def test_samples_or_a_network_that_do_not_fit_are_refused_in_a_line(inside, make, fault):
     make()
     with pytest.raises(UserError, match=fault) as refused:
         run()
@@ -254,7 +254,7 @@ def test_samples_or_a_network_that_do_not_fit_the_data_are_refused_in_a_line(ins
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "learned"])
-def test_a_learned_variance_has_the_simple_loss_and_the_bounds_part_beside_it(inside, capsys, variance):
+def test_a_learned_variance_has_the_simple_loss_and_the_bounds_part(inside, capsys, variance):
     plain = run()
     hybrid = DiffusionConfig(20, "cosine", "v", learn_variance=True)
     one, two = small_unet(), small_unet(out_channels=2)
@@ -275,7 +275,7 @@ def test_a_learned_variance_has_the_simple_loss_and_the_bounds_part_beside_it(in
     assert ("sample.variance = fixed_large does not use it" in capsys.readouterr().out) == (variance != "learned")
 
 
-def test_points_of_a_curve_that_differ_in_their_steps_alone_are_each_drawn(inside):
+def test_points_that_differ_in_their_steps_alone_are_each_drawn(inside):
     run("evaluate.nfe_curve=[{sampler: ddim, steps: [17, 18, 19, 20]}]", "sample.spacing=quadratic")
     assert [row["nfe"] for row in rows()] == [17, 18, 19, 20]
     expected = [distance(drawn(0, count=12, steps=steps, spacing="quadratic")) for steps in (17, 18, 19, 20)]

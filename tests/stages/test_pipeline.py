@@ -72,7 +72,7 @@ def test_the_pictures_show_the_samples_and_their_denoising(made):
     np.testing.assert_array_equal(first, np.load(made / "samples/images.npy")[0, ..., 0])
 
 
-def test_a_sample_does_not_depend_on_how_many_are_drawn_or_on_the_batch(inside):
+def test_a_sample_depends_neither_on_the_count_nor_on_the_batch(inside):
     before = np.load("samples/images.npy")
     run(sample, "sample.count=10", "sample.batch_size=3")
     after = np.load("samples/images.npy")
@@ -117,7 +117,7 @@ def test_a_class_conditional_model_goes_through_all_stages(tmp_path, monkeypatch
     assert (np.load("samples/images.npy") != before).mean() > 0.1
 
 
-def test_a_class_conditional_model_of_data_without_classes_is_refused(inside, monkeypatch, tmp_path):
+def test_a_conditional_model_of_data_without_classes_is_refused(inside, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(inside / "data", "data")
     info = json.loads(Path("data/prepared/dataset.json").read_text())
@@ -134,9 +134,7 @@ class Killed(BaseException):
     ("stage", "folder", "parts"),
     [(sample, "samples", ["ddim", "moments"]), (evaluate, "results/evaluate", ["bound", "held-out", "ddim"])],
 )
-def test_a_stage_that_is_killed_again_and_again_gets_on_and_ends_in_the_same_bytes(
-    inside, monkeypatch, stage, folder, parts
-):
+def test_a_stage_killed_again_and_again_ends_in_the_same_bytes(inside, monkeypatch, stage, folder, parts):
     overrides = ("sample.batch_size=20", "evaluate.batch_size=200", "evaluate.bound_images=2", "evaluate.seeds=2")
     run(stage, *overrides)
     files = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
@@ -184,9 +182,7 @@ def replaced():
     ("stage", "folder", "change"),
     [(train, "models", in_place), (train, "models", replaced), (evaluate, "results/evaluate", in_place)],
 )
-def test_data_that_is_changed_under_a_running_stage_is_found_out_and_nothing_is_written(
-    made, monkeypatch, tmp_path, stage, folder, change
-):
+def test_data_changed_under_a_running_stage_writes_nothing(made, monkeypatch, tmp_path, stage, folder, change):
     def files():
         return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
@@ -205,9 +201,7 @@ def test_data_that_is_changed_under_a_running_stage_is_found_out_and_nothing_is_
             run(stage)
 
 
-def test_more_epochs_than_a_finished_run_had_are_trained_anew_or_from_a_copy_of_its_model(
-    tmp_path, monkeypatch, capsys
-):
+def test_more_epochs_start_over_or_from_a_copy_of_the_model(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     weights = Path("models/ddpm/unet/diffusion_pytorch_model.safetensors")
 
@@ -309,7 +303,7 @@ def without_power_over_files():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root is bound by Linux's capabilities")
-def test_read_only_folders_and_full_disks_are_told_in_one_line_and_leave_what_was_there(made, tmp_path):
+def test_read_only_folders_and_full_disks_are_reported_in_one_line(made, tmp_path):
     here = tmp_path / "here"
     shutil.copytree(made, here)
     few = (

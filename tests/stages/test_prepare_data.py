@@ -104,7 +104,7 @@ EPOCH = ("train.steps=null", "train.epochs=1")
          ["evaluate.inception_weights = 'none.pth': there is no such file", "train.init_from = 'nowhere': there"]),
     ],
 )  # fmt: skip
-def test_faults_of_later_stages_are_reported_by_this_one_and_leave_the_old_data(
+def test_faults_of_later_stages_are_reported_by_the_first(
     tmp_path: Path, overrides: tuple[str, ...], lines: list[str]
 ) -> None:
     write_params(tmp_path, *overrides)

@@ -86,7 +86,7 @@ def test_a_worker_that_is_killed_ends_the_training_in_one_line(place: Path) -> N
     assert "is killed by signal: Killed; lower it, or free memory" in line
 
 
-def test_a_fault_beside_the_data_is_reported_before_anything_is_written(place: Path) -> None:
+def test_a_fault_beside_the_data_is_reported_before_any_write(place: Path) -> None:
     tree = composed("+experiment=smoke", f"train.transforms=[{CROP}]")
     (place / "params.yaml").write_text(OmegaConf.to_yaml(tree))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

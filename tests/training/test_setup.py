@@ -19,7 +19,7 @@ def test_the_papers_network_has_the_papers_number_of_parameters():
 
 
 @pytest.mark.parametrize("choice", ["cosine", "linear", "constant"])
-def test_the_learning_rate_warms_up_to_its_peak_and_then_follows_the_schedule(choice):
+def test_the_learning_rate_warms_up_and_follows_the_schedule(choice):
     params = check(composed(f"lr_schedule={choice}"))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = make_lr_schedule(params.lr_schedule, optimizer, warmup=4, steps=20)
@@ -43,7 +43,7 @@ def test_the_initial_weights_follow_from_the_seed_alone():
     assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models), strict=True))
 
 
-def test_a_conditional_network_needs_classes_and_may_have_one_label_more():
+def test_a_conditional_network_needs_classes():
     model = check(composed("model.class_conditional=true")).model
     labels = [unet_config(model, 8, 1, False, 10, unlabelled) for unlabelled in (False, True)]
     assert [(c.num_class_embeds, c.classes, c.no_label) for c in labels] == [(10, 10, None), (11, 10, 10)]
