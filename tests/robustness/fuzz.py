@@ -544,8 +544,11 @@ def sampling(case: dict[str, Any]) -> str:
     config, total, mean, std = case["config"], case["timesteps"], 0.1, 0.2
 
     def read() -> None:
-        d = GaussianDiffusion(DiffusionConfig(total, **config))
-        path = samplers.timesteps(total, case["steps"], case["spacing"])
+        try:
+            d = GaussianDiffusion(DiffusionConfig(total, **config))
+            path = samplers.timesteps(total, case["steps"], case["spacing"])
+        except ValueError as error:  # the core knows no settings; the rooms above name them
+            raise UserError(str(error)) from None
         assert len(path) == len(set(path)) and total > path[0] and path[-1] >= 0 and path == sorted(path)[::-1]
 
         def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

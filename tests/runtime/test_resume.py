@@ -410,7 +410,7 @@ def test_batches_are_kept_as_soon_as_each_is_finished(state):
 def test_processes_share_the_batches_and_each_yields_all(state, monkeypatch):
     computed = []
     monkeypatch.setattr(resume.processes, "size", lambda: 2)
-    monkeypatch.setattr(resume.processes, "anywhere", lambda here: computed.append("all are done") or here)
+    monkeypatch.setattr(resume.processes, "barrier", lambda: computed.append("all are done"))
 
     def compute(rows):
         computed.append(rows.start)

@@ -394,4 +394,4 @@ def test_a_stage_without_its_inputs_says_which_stage_to_run(stage, tmp_path, mon
 def test_more_steps_than_the_model_has_timesteps_are_refused(inside):
     params = check(composed("+experiment=smoke", "diffusion.timesteps=200", "sample.steps=150"))
     with pytest.raises(UserError, match=r"sample.steps = 150: .*100,"):
-        sample.main(SimpleNamespace(runtime=params.runtime, sample=params.sample))
+        sample.main(SimpleNamespace(runtime=params.runtime, sample=params.sample, tracking=params.tracking))
