@@ -92,7 +92,7 @@ def batches(
     """The training batches of the steps asked for: the same for a step whatever came before it.
 
     An epoch is a permutation of the images, less the rest that fills no batch. A batch larger than that is an epoch of
-    its own: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw anew for
+    its own: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw again for
     every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where there
     are several processes, each gets its share of every batch.
 
@@ -110,7 +110,7 @@ def batches(
         generator=torch.Generator(),  # else the loader would draw from the global one
         num_workers=workers,
         pin_memory=pin_memory,
-        # "spawn" would import torch anew in each worker; forking is safe before the first CUDA call of a child
+        # "spawn" would import torch again in each worker; forking is safe before the first CUDA call of a child
         multiprocessing_context="fork" if workers else None,
     )
     # the workers keep this mask: a Ctrl-C reaches them, too, and the training still needs them to end its step

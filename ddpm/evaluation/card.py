@@ -42,31 +42,31 @@ def card(
 
     numbers = rounded(values)
 
-    def told(*names: str) -> str:
+    def shown(*names: str) -> str:
         return " / ".join(f"{numbers[name]:g}" if name in numbers else "not defined" for name in names)
 
     distance = "FID" if evaluate.features == "inception" else "Fréchet distance"
     noise = {"ddim": f", eta {sample.eta:g}", "ddpm": f", variance {sample.variance}", "dpm_solver": ""}[sample.sampler]
-    rows = {distance: told("frechet_distance")}
+    rows = {distance: shown("frechet_distance")}
     if evaluate.seeds > 1:
-        spread = f"{told('frechet_distance_mean')} ± {told('frechet_distance_std')}"
+        spread = f"{shown('frechet_distance_mean')} ± {shown('frechet_distance_std')}"
         rows[f"{distance}, {evaluate.seeds} seeds"] = f"{spread} (mean ± standard deviation)"
     rows |= {
-        f"{distance} to train / to test": told("frechet_distance_train", "frechet_distance_test"),
-        "Floor: two halves of the reference": told("frechet_distance_real_halves"),
-        "Floor: test to train": told("frechet_distance_real_test"),
-        "KID": f"{told('kid')} ± {told('kid_std')} (over subsets)",
-        "Precision / recall": told("precision", "recall"),
-        "Memorisation ratio": f"{told('memorisation_ratio')} (1: as new as held-out images; 0: copies)",
-        "Held-out loss": told("held_out_loss"),
+        f"{distance} to train / to test": shown("frechet_distance_train", "frechet_distance_test"),
+        "Floor: two halves of the reference": shown("frechet_distance_real_halves"),
+        "Floor: test to train": shown("frechet_distance_real_test"),
+        "KID": f"{shown('kid')} ± {shown('kid_std')} (over subsets)",
+        "Precision / recall": shown("precision", "recall"),
+        "Memorisation ratio": f"{shown('memorisation_ratio')} (1: as new as held-out images; 0: copies)",
+        "Held-out loss": shown("held_out_loss"),
     }
     if "held_out_bound_loss" in values:
-        rows["Held-out loss, the bound's part"] = told("held_out_bound_loss")
+        rows["Held-out loss, the bound's part"] = shown("held_out_bound_loss")
     rows |= {
-        "Bits/dim, at most": f"{told('bits_per_dim')} ({evaluate.bound_images} held-out images, {sample.variance})",
+        "Bits/dim, at most": f"{shown('bits_per_dim')} ({evaluate.bound_images} held-out images, {sample.variance})",
         "Samples": f"{numbers['samples']}, seed {sample.seed}",
         "Sampler": f"{sample.sampler}, {sample.spacing} spacing{noise}",
-        "NFE": told("nfe"),
+        "NFE": shown("nfe"),
     }
     if classes:
         often = {"equal": "each as often as the others, whatever the data", "data": "as often as in the training data"}

@@ -62,7 +62,8 @@ def launch(runtime: "Runtime") -> None:
         for rank, code in codes.items():
             if code < 0:
                 raise UserError(
-                    f"process {rank} of the run was ended by {signal.Signals(-code).name}; run it again to go on"
+                    f"process {rank} of the run was ended by {signal.Signals(-code).name}; run the same command to "
+                    "resume"
                 ) from None
         sys.exit(fault.get_first_failure()[1].exitcode)
 

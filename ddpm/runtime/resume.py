@@ -1,4 +1,4 @@
-"""Resume state: what an interrupted stage needs to go on, kept outside the outputs that DVC deletes.
+"""Resume state: what an interrupted stage needs to continue, kept outside the outputs that DVC deletes.
 
 A state belongs to one fingerprint of parameters, data, code and library versions, so it is never picked up by
 another run. Files are written whole or not at all, carry a checksum, and the one before is kept beside them.

@@ -23,7 +23,7 @@ class Interrupted(BaseException):
         self.signum = signum
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signum).name}; run it again to go on"
+        return f"stopped by {signal.Signals(self.signum).name}; run the same command to resume"
 
 
 def raise_on_signals() -> None:

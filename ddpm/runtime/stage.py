@@ -16,7 +16,7 @@ REPRODUCIBLE_ENVIRONMENT = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_CBWR": "COMPATIBLE",
-    "MKL_DYNAMIC": "FALSE",  # else it takes fewer threads than it is told on a small machine
+    "MKL_DYNAMIC": "FALSE",  # else it takes fewer threads than asked for on a small machine
     "OMP_DYNAMIC": "FALSE",
     "OPENBLAS_CORETYPE": "Haswell",
     # numpy's exp and log in float64 have other last bits with AVX-512, and qemu's AVX2 sorts wrongly

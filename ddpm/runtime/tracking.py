@@ -73,7 +73,7 @@ class Tracker:
             return
         try:
             action(self.run)
-        except Exception as error:  # whatever happens there, the training goes on
+        except Exception as error:  # whatever happens there, the training continues
             _warn(f"{error}; this run is no longer recorded there")
             self.run = None
 
@@ -106,7 +106,7 @@ def _start_wandb(tracking: Tracking, config: dict[str, Any], run_id: str, stage:
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             return _init(attempt, tracking.project, config, run_id, stage)
-        except Exception as error:  # whatever happens there, the stage goes on
+        except Exception as error:  # whatever happens there, the stage continues
             outcome = "recorded offline (WANDB_MODE=offline saves the wait)" if attempt == "online" else "not recorded"
             _warn(f"{' '.join(str(error).split())[:200]}; {outcome}")
             wandb.teardown()  # its service would hold the run's id

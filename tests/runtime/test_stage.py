@@ -76,7 +76,7 @@ def test_a_signal_ends_the_stage_with_its_own_exit_code(tmp_path, name, code):
         assert stage.stdout.readline() == "ready\n"
         stage.send_signal(signal.Signals[name])
         out, err = stage.communicate(timeout=PATIENCE)
-    assert (stage.returncode, out, err) == (code, "", f"stopped by {name}; run it again to go on\n")
+    assert (stage.returncode, out, err) == (code, "", f"stopped by {name}; run the same command to resume\n")
 
 
 EARLY = """
@@ -95,7 +95,7 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 @pytest.mark.parametrize("stage", ["prepare_data", "train", "sample", "evaluate"])
 def test_ctrl_c_during_the_imports_is_reported_in_one_line(tmp_path, stage):
     done = subprocess.run([sys.executable, "-c", EARLY, f"stages.{stage}"], timeout=PATIENCE, **prepare(tmp_path))
-    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run it again to go on\n")
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run the same command to resume\n")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -103,7 +103,11 @@ def test_a_signal_during_an_import_ends_the_process_at_once(tmp_path, name, code
     swallows = f"import os, signal\ntry: os.kill(os.getpid(), signal.{name})\nexcept BaseException: pass\n"
     (tmp_path / "swallows.py").write_text(swallows)
     done = run(tmp_path, "import swallows; print('went on')")
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"stopped by {name}; run it again to go on\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        code,
+        "",
+        f"stopped by {name}; run the same command to resume\n",
+    )
 
 
 def test_an_impatient_second_signal_changes_nothing(tmp_path):
@@ -114,7 +118,7 @@ def test_an_impatient_second_signal_changes_nothing(tmp_path):
         ]
     )
     done = run(tmp_path, body)
-    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run it again to go on\n")
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT; run the same command to resume\n")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_a_stage_dies_with_its_parent(tmp_path, platform):
         start = time.monotonic()
         err = parent.stderr.read()  # ends when the stage, which holds the other end, has ended
         assert time.monotonic() - start < PATIENCE  # without the signal: 60 s
-    assert err == "stopped by SIGTERM; run it again to go on\n"
+    assert err == "stopped by SIGTERM; run the same command to resume\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
@@ -153,7 +157,7 @@ def test_a_queued_stage_stops_when_the_worker_is_killed(tmp_path, name):
         assert process.stdout.readline() == "ready\n"
         process.kill()
         err = process.stderr.read()
-    assert err == ("stopped by SIGTERM; run it again to go on\n" if name == "exec-run" else "")
+    assert err == ("stopped by SIGTERM; run the same command to resume\n" if name == "exec-run" else "")
 
 
 BUSY = "another stage is at work here"
@@ -166,7 +170,7 @@ def test_a_stage_that_lost_its_dvc_before_it_ran_stops_at_once(tmp_path, platfor
     done = subprocess.run(
         ORPHAN, timeout=PATIENCE, start_new_session=True, **options | {"env": environment(DVC_STAGE="x")}
     )
-    assert (done.stdout, done.stderr) == ("", "stopped by SIGTERM; run it again to go on\n")
+    assert (done.stdout, done.stderr) == ("", "stopped by SIGTERM; run the same command to resume\n")
 
 
 def test_a_stage_that_was_started_by_hand_needs_no_parent(tmp_path):
@@ -279,8 +283,8 @@ def raising(error):
         (OSError(errno.EDQUOT, "full", "models/x"), 1, "error: models/x: Disk quota exceeded\n"),
         (PermissionError(errno.EACCES, "no", "data/x"), 1, "error: data/x: Permission denied\n"),
         (OSError(errno.EROFS, "no", "results"), 1, "error: results: Read-only file system\n"),
-        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM; run it again to go on\n"),
-        (Interrupted(signal.SIGINT), 130, "stopped by SIGINT; run it again to go on\n"),
+        (Interrupted(signal.SIGTERM), 143, "stopped by SIGTERM; run the same command to resume\n"),
+        (Interrupted(signal.SIGINT), 130, "stopped by SIGINT; run the same command to resume\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )

@@ -190,7 +190,7 @@ def test_ctrl_c_ends_the_stage_at_once_and_leaves_the_old_data(many_large_images
     os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
     _, err = process.communicate(timeout=15)
     assert process.returncode == 128 + signal.SIGINT
-    assert err.splitlines()[-1] == "stopped by SIGINT; run it again to go on"
+    assert err.splitlines()[-1] == "stopped by SIGINT; run the same command to resume"
     assert "Traceback" not in err and gone(workers, 5)
     assert names(many_large_images / "data") == ["prepared"]
     assert names(many_large_images / "data/prepared") == ["old"]

@@ -72,7 +72,7 @@ def test_a_signal_to_all_processes_saves_and_ends_in_one_line(place: Path, signu
     until_it_trains(process)
     os.killpg(process.pid, signum)  # as Ctrl-C in a terminal does
     (line,) = errors_of(process)
-    assert (process.returncode, line) == (128 + signum, f"stopped by {signum.name}; run it again to go on")
+    assert (process.returncode, line) == (128 + signum, f"stopped by {signum.name}; run the same command to resume")
     assert list(place.glob(".state/train-*/state.pt"))
 
 
