@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from ddpm.config.schema import Params
+from ddpm.runtime.imports import stage_files
 from tests.conftest import ROOT
-from tools.deps import closure
 from tools.params import composed
 
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -21,7 +21,7 @@ STAGES = list(GRAPH)
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_code_deps_of_a_stage_are_its_import_closure(stage):
     declared = [dep for dep in GRAPH[stage]["deps"] if dep.startswith(("ddpm/", "stages/"))]
-    assert declared == sorted(closure(f"stages.{stage}", ROOT)), "run make deps"
+    assert declared == stage_files(stage), "run make deps"
 
 
 def test_package_files_that_no_stage_declares_hold_no_code():
@@ -47,7 +47,7 @@ def test_every_section_is_watched_by_a_stage():
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_uses_every_section_that_dvc_watches(stage):
     # the set-up of a training takes all sections of its stage
-    files = [path for path in closure(f"stages.{stage}", ROOT) if path.startswith(("stages/", "ddpm/training/"))]
+    files = [path for path in stage_files(stage) if path.startswith(("stages/", "ddpm/training/"))]
     used = {
         node.attr
         for path in files

@@ -8,19 +8,23 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("ddpm", "stages")
 
 
-def stage_files(stage: str) -> list[str]:
+def stage_files(stage: str, root: Path | None = None) -> list[str]:
     """The stage's script and every module that it imports, directly or not: sorted paths relative to the repository.
 
     Package files (`__init__.py`) hold at most a docstring and are left out. A stage without a script has no files.
+
+    Args:
+        root: the folder that holds `ddpm/` and `stages/`; None for this checkout's.
     """
+    root = root or ROOT
     found: set[str] = set()
     pending = [f"stages.{stage}"]
     while pending:
         module = pending.pop()
         path = f"{module.replace('.', '/')}.py"
-        if path not in found and (ROOT / path).exists():
+        if path not in found and (root / path).exists():
             found.add(path)
-            pending += _imported(ROOT / path)
+            pending += _imported(root / path)
     return sorted(found)
 
 
