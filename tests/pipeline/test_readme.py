@@ -351,11 +351,13 @@ SAID = {
     "make help": Verified(after=contains("repro", "Run the pipeline")),
     "make repro VENV=<folder>": Verified(f"-o '{VENV}/.run'", after=contains("frechet_distance")),
     **{f"make {target}": dry_run(printed) for target, printed in LONG.items()},
+    "dvc commit -f": Verified(),
     "make params": Verified(INSTALLED, after=is_the_default),
     "make deps": Verified(INSTALLED, after=is_unchanged),
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
+    "make states ADOPT=<name>": "../runtime/test_resume.py",
     "dvc queue logs <name>": "pipeline/test_dvc.py",
     "wandb login": "test_tracking.py",
     "wandb sync": "test_tracking.py",

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
+from ddpm.files import write_file
 from stages import prepare_data
 from tests.conftest import ROOT, composed
 from tests.stages.test_pipeline import run as run_here
@@ -49,7 +50,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(folder: Path, stage: str, *overrides: str, script: bool = False, **variables: str) -> subprocess.Popen[str]:
-    (folder / "params.yaml").write_text(OmegaConf.to_yaml(composed(*TRAINING, *overrides)))
+    # whole at once: another machine may be reading it
+    write_file(folder / "params.yaml", OmegaConf.to_yaml(composed(*TRAINING, *overrides)).encode())
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, *([f"{ROOT}/stages/{stage}.py"] if script else ["-m", f"stages.{stage}"])]
     alone = "DVC_STAGE" not in variables  # dvc and its stages are in one group
