@@ -26,8 +26,8 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 	@echo && dvc metrics show
 	@echo && echo "Pictures to look at:" && ls -1 results/*/*.png results/train/pictures/*.png
 
-check: lint ## Lint, types, and the tests that need no dvc, no clone and no second process
-	pytest -n 2 -m "not process and not pipeline and not slow and not remote"
+check: lint ## Lint, types, and the tests that run no stage, no dvc and no second process
+	pytest -n 2 --dist worksteal -m "not process and not pipeline and not slow and not remote"
 
 test: lint ## Lint, types, and the whole test suite with coverage
 	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90

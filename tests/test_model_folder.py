@@ -356,6 +356,7 @@ def test_a_missing_folder_to_start_from_is_named(tmp_path):
         weights_sha256(nowhere)
 
 
+@pytest.mark.process
 def test_fine_tuning_distinguishes_weights_of_the_same_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)

@@ -23,6 +23,7 @@ from ddpm.data.splits import subset_indices
 from ddpm.errors import UserError
 from ddpm.runtime import pool
 
+pytestmark = pytest.mark.process  # files are read in a pool of processes
 ROOT = Path(__file__).resolve().parents[2]
 
 

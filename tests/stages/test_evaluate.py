@@ -20,6 +20,7 @@ from ddpm.sampling import Classes, draw
 from stages import evaluate
 from tests.conftest import composed, small_unet
 
+pytestmark = pytest.mark.process
 DIFFUSION = DiffusionConfig(20, "cosine", "v")
 SETTINGS = (
     "diffusion.timesteps=20", "sample.count=24", "sample.batch_size=10", "sample.steps=4", "evaluate.loss_bins=2",

@@ -15,6 +15,7 @@ from stages import prepare_data
 from tests.conftest import ROOT, composed
 from tests.stages.test_pipeline import run
 
+pytestmark = pytest.mark.process
 FLIP = "{_target_: torchvision.transforms.v2.RandomHorizontalFlip}"
 CROP = "{_target_: torchvision.transforms.v2.RandomCrop, size: 64}"
 RARELY = f"{{_target_: torchvision.transforms.v2.RandomApply, p: 0.003, transforms: [{CROP}]}}"  # a probe misses it

@@ -229,7 +229,7 @@ def test_hiding_labels_is_what_teaches_the_class_of_no_label(tmp_path):
     assert not torch.equal(taught[2], start.class_embedding.weight[2])
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 20))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))])
 def test_four_images_are_learnt_in_fifty_steps_on_every_seed(seed):
     diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     unet = UNet(small_unet(block_out_channels=(32, 64)).config)
