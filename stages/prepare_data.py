@@ -29,7 +29,7 @@ def main(params: Any) -> None:
     counts, shape = summary["counts"], "x".join(map(str, summary["shape"]))
     print(
         f"{summary['name']}: {counts['train']} train and {counts['test']} test images of {shape}, "
-        f"{len(summary['classes'])} classes, in {OUT}"
+        f"{len(summary['classes'])} class{'es' * (len(summary['classes']) != 1)}, in {OUT}"
     )
 
 
