@@ -188,11 +188,12 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
 def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
     """Turns of so many batches from a file that is memory-mapped."""
     from ddpm.data.batches import batches
+    from ddpm.data.prepared import Images
     from ddpm.files import load_array
 
     array = load_array(images, "", "uint8", 4)
-    labels = np.zeros(len(array), np.int64)
-    stream = batches(array, labels, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
+    split = Images(array, np.zeros(len(array), np.int64))
+    stream = batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
     repeat(tell, lambda: next(stream), steps)
 
 

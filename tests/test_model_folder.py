@@ -19,9 +19,8 @@ from ddpm.runtime.tracking import Tracker
 from stages import prepare_data
 from stages import train as train_stage
 from tests.conftest import small_unet
-from tests.stages.test_pipeline import run as run_stage
-from tests.training.test_loop import run as train
-from tests.training.test_loop import same
+from tests.support.stages import run as run_stage
+from tests.support.training import same, train
 
 CONFIG = DiffusionConfig(100, "cosine", "v")
 

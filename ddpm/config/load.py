@@ -71,6 +71,11 @@ def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> 
     return SimpleNamespace(**{name: getattr(params, name) for name in sections})
 
 
+def plain(params: Params) -> dict[str, Any]:
+    """The sections of `load_params` as plain values, `_target_` under that name."""
+    return {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
+
+
 def check(tree: Any, source: str = "params.yaml") -> Params:
     """Validate a plain tree of parameters.
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddpm.config.checks import steps_per_epoch
 from ddpm.core.seeding import derive, generator
+from ddpm.data.prepared import Images
 from ddpm.data.transforms import Transforms
 from ddpm.errors import UserError
 from ddpm.runtime import processes
@@ -79,8 +80,7 @@ class _Order:
 
 
 def batches(
-    images: np.ndarray,
-    labels: np.ndarray,
+    split: Images,
     *,
     batch_size: int,
     seed: int,
@@ -104,9 +104,9 @@ def batches(
         UserError: from the generator too: a transform fails, or gives something else.
     """
     loader = DataLoader(
-        _Batches(images, labels, Transforms(transforms), seed),
+        _Batches(*split, Transforms(transforms), seed),
         batch_size=None,
-        sampler=_Order(len(images), batch_size, seed, steps.start, steps.stop),
+        sampler=_Order(len(split.images), batch_size, seed, steps.start, steps.stop),
         generator=torch.Generator(),  # else the loader would draw from the global one
         num_workers=workers,
         pin_memory=pin_memory,

@@ -111,7 +111,7 @@ class Training:
 
     def __init__(self, setup: Setup, train: Train, images: Images, tracker: Tracker, state: ResumeState) -> None:
         self.setup, self.train, self.tracker, self.state = setup, train, tracker, state
-        self.images, self.labels = images
+        self.images = images
         self.pictures = state.folder / "pictures"
         self.ema = EMA(setup.model, train.ema_decay)
         self.step = self.start = 0  # steps that are done, and that an earlier run had done
@@ -174,7 +174,6 @@ class Training:
         """The batches of the steps that are left: images (b, C, H, W) and labels (b,)."""
         return batches(
             self.images,
-            self.labels,
             batch_size=self.train.batch_size,
             seed=self.train.seed,
             steps=range(self.start, self.setup.total),
@@ -232,9 +231,7 @@ class Training:
         if processes.rank():
             return
         p = self.train
-        one = batches(
-            self.images, self.labels, batch_size=p.batch_size, seed=p.seed, steps=range(1), transforms=p.transforms
-        )
+        one = batches(self.images, batch_size=p.batch_size, seed=p.seed, steps=range(1), transforms=p.transforms)
         x0 = to_model_range(next(one)[0][:PREVIEW_IMAGES])
         self.tracker.log_picture(0, "inputs", grid(to_pixels(x0)), self.pictures)
         noise = samplers.ImageNoise(p.seed, range(PREVIEW_IMAGES), self.setup.model.config, self.setup.device)()

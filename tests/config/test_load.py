@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ddpm.config.load import RENAMED, USED_BY, check, load_params
 from ddpm.config.schema import Params
 from ddpm.errors import UserError
-from tests.config.trees import DEFAULT, DELETED, changed, faults, only_fault
 from tests.conftest import ROOT, composed
+from tests.support.trees import DEFAULT, DELETED, changed, faults, only_fault
 
 CROP = "torchvision.transforms.v2.RandomCrop"
 

@@ -9,8 +9,8 @@ from ddpm.config.load import check
 from ddpm.config.schema import Params
 from ddpm.core.unet import UNet
 from ddpm.training.setup import unet_config
-from tests.config.trees import changed, only_fault
 from tests.conftest import ROOT, composed
+from tests.support.trees import changed, only_fault
 
 GROUPS = ("dataset", "model", "diffusion", "optimizer", "lr_schedule", "train", "sample", "evaluate", "experiment")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]

@@ -2,14 +2,13 @@
 
 import json
 import re
-import time
 
 import pytest
 import yaml
 from dvc.repo import Repo
 
 from tests.conftest import ROOT
-from tests.pipeline.conftest import SMOKE
+from tests.support.clones import SMOKE, wait_for_queue
 
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ORDER = ["prepare_data", "train", "sample", "evaluate"]
@@ -137,15 +136,6 @@ def test_files_that_do_not_count_change_nothing(smoke):
                 path.unlink()
             else:
                 path.write_bytes(before)
-
-
-def wait_for_queue(clone) -> None:
-    """Until no experiment waits or runs; asked in this process, as a `dvc queue status` takes a second of CPU."""
-    with Repo(str(clone.folder)) as repo:
-        queue, deadline = repo.experiments.celery_queue, time.monotonic() + 600
-        while any(queue.iter_queued()) or any(queue.iter_active()):
-            assert time.monotonic() < deadline, clone.dvc("queue", "status")
-            time.sleep(0.2)
 
 
 def test_a_command_in_a_templated_parameter_is_a_path_and_not_run(smoke):

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, composed
-from tests.pipeline.conftest import Clone, make_clone
+from tests.support.clones import Clone, make_clone
 
 FEW = ("+experiment=smoke", "runtime.threads=1", "train.steps=2", "train.warmup_steps=0", "tracking.wandb=disabled")
 

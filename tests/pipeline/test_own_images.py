@@ -10,9 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.pipeline.conftest import Clone, git_clone, make_clone
-from tests.pipeline.test_dvc import wait_for_queue
-from tests.pipeline.test_readme import INSTALLED
+from tests.support.clones import INSTALLED, Clone, git_clone, make_clone, wait_for_queue
 
 PAGE = (ROOT / "docs/own-images.md").read_text(encoding="utf-8")
 BLOCKS = [block.splitlines() for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)]

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,16 +13,13 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.pipeline.conftest import SMOKE as OVERRIDES
-from tests.pipeline.conftest import Clone, git_clone
-from tests.pipeline.test_dvc import wait_for_queue
+from tests.support.clones import INSTALLED, VENV, Clone, git_clone, wait_for_queue
+from tests.support.clones import SMOKE as OVERRIDES
 
 # the documents as one text
 WALKED = ROOT / "docs/own-images.md"  # tests/pipeline/test_own_images.py runs that page from top to bottom
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - {WALKED})]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-VENV = Path(sys.executable).parents[1]
-INSTALLED = f"VENV='{VENV}' -o '{VENV}/.run' -o '{VENV}/.dev'"  # make takes this environment for up to date
 
 
 class Verified(NamedTuple):

@@ -41,7 +41,7 @@ from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.data.batches import batches
 from ddpm.data.decode import decode_file
 from ddpm.data.prepare import prepare
-from ddpm.data.prepared import Prepared
+from ddpm.data.prepared import Images, Prepared
 from ddpm.data.transforms import TOLERANCE, Transforms
 from ddpm.errors import UserError
 from ddpm.model_folder import load_model, save_model, training_run
@@ -518,14 +518,14 @@ def transform(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
 def transform_lists(case: tuple[list[dict[str, Any]], int]) -> str:
     """A list that is taken gives uint8 images, or float32 in [0, 1]; any other is refused, in a step if not before."""
     nodes, channels = case
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
+    split = Images(np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8), np.zeros(6, int))
     tree = json.loads(json.dumps(params()))
     tree["train"]["transforms"] = nodes
 
     def read() -> None:
         check(tree)
         Transforms(nodes).probe((channels, 8, 8))
-        for batch, _ in batches(pixels, np.zeros(6, int), batch_size=3, seed=0, steps=range(2), transforms=nodes):
+        for batch, _ in batches(split, batch_size=3, seed=0, steps=range(2), transforms=nodes):
             assert batch.shape == (3, channels, 8, 8)
             assert batch.dtype in (torch.uint8, torch.float32)
             assert batch.dtype == torch.uint8 or -TOLERANCE <= batch.min() <= batch.max() <= 1 + TOLERANCE

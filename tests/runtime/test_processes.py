@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from ddpm.files import write_file
 from stages import prepare_data
 from tests.conftest import ROOT, composed
-from tests.stages.test_pipeline import run as run_here
+from tests.support.stages import run as run_here
 
 pytestmark = pytest.mark.process
 

@@ -12,11 +12,11 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 from PIL import Image
-from wandb.proto import wandb_internal_pb2
 
 from ddpm.config.schema import Tracking
 from ddpm.runtime.tracking import Tracker
 from tests.conftest import ROOT, composed
+from tests.support.wandb_log import records, values
 
 pytestmark = pytest.mark.process
 
@@ -39,25 +39,6 @@ def own_environment(tmp_path, monkeypatch):
     yield
     os.environ.clear()
     os.environ.update(before)
-
-
-def records(path):
-    """The records of a W&B log: LevelDB's format, after a header of seven bytes."""
-    data, position, text = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if (room := 32768 - position % 32768) < 7:
-            position += room  # no header begins in the last bytes of a block
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        text += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(text)
-            text = b""
-
-
-def values(items):
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,15 @@ import wandb
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ddpm.config.load import check, load_params
+from ddpm.config.load import check
 from ddpm.errors import UserError
 from ddpm.runtime.resume import ResumeState
 from stages import evaluate, prepare_data, sample, train
 from tests.conftest import ROOT, composed
-from tests.runtime.test_tracking import records, values
+from tests.support.stages import STAGES, run
+from tests.support.wandb_log import records, values
 
 pytestmark = pytest.mark.process
-
-STAGES = (prepare_data, train, sample, evaluate)
-# a hundred timesteps: the bound takes a network evaluation for each
-SETTINGS = ("+experiment=smoke", "train.steps=24", "diffusion.timesteps=100", "runtime.threads=1")
-
-
-def run(stage, *overrides):
-    Path("params.yaml").write_text(OmegaConf.to_yaml(composed(*SETTINGS, *overrides)))
-    stage.main(load_params(stage.SECTIONS))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from stages import prepare_data
 from tests.conftest import ROOT, composed
-from tests.stages.test_pipeline import run
+from tests.support.stages import run
 
 pytestmark = pytest.mark.process
 FLIP = "{_target_: torchvision.transforms.v2.RandomHorizontalFlip}"
