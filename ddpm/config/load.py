@@ -266,13 +266,15 @@ def _sampling(params: Params) -> Faults:
 
 def _classes(params: Params) -> Faults:
     sample, conditional, needed = params.sample, params.model.class_conditional, "needs model.class_conditional = true"
+    if not conditional and params.train.label_dropout != "auto":
+        yield "train.label_dropout", f"{needed}; set it to auto"
     if not conditional and sample.classes is not None:
         yield "sample.classes", needed
     if not conditional and sample.class_frequencies != "equal":
         yield "sample.class_frequencies", needed
     if not conditional and sample.guidance != 1:
         yield "sample.guidance", f"{needed}; 1 is no guidance"
-    if conditional and sample.guidance != 1 and params.train.label_dropout == 0:
+    if conditional and sample.guidance != 1 and params.train.hidden_labels == 0:
         yield (
             "sample.guidance",
             "needs train.label_dropout above 0, so that the network also learns to do without a label; 1 is no "

@@ -137,10 +137,22 @@ class Train(Section):
     compile: AutoBool
     activation_checkpointing: bool
     weighting: Literal["simple", "min_snr"]
-    label_dropout: Probability
+    label_dropout: Literal["auto"] | float
     log_every_steps: Count
     preview_every_epochs: Annotated[int, Field(ge=0)]
     save_every_seconds: Annotated[float, Field(gt=0)]
+
+    @field_validator("label_dropout", mode="before")
+    @classmethod
+    def _auto_or_share(cls, value: Any) -> Any:
+        if value == "auto" or (type(value) in (int, float) and 0 <= value < 1):
+            return value if value == "auto" else float(value)
+        raise ValueError("should be auto, or a number from 0 up and below 1")
+
+    @property
+    def hidden_labels(self) -> float:
+        """The share of its images that a class-conditional network is trained on without their label."""
+        return 0.1 if self.label_dropout == "auto" else self.label_dropout
 
     @field_validator("steps")
     @classmethod

@@ -62,7 +62,7 @@ def design(params: Params, info: Mapping[str, Any]) -> Design:
     """
     (size, _, channels), names = info["shape"], info["classes"]
     diffusion = DiffusionConfig(**params.diffusion.model_dump())
-    unlabelled = params.train.label_dropout > 0
+    unlabelled = params.train.hidden_labels > 0
     network = unet_config(params.model, size, channels, diffusion.learn_variance, len(names), unlabelled)
     return Design(network, diffusion, tuple(names) if params.model.class_conditional else ())
 

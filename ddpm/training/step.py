@@ -48,7 +48,7 @@ def draw(setup: Setup, train: Train, shape: torch.Size, step: int) -> Draws:
     noise = torch.randn((count, *shape), device=device)[mine]
     hidden = None
     if setup.model.config.no_label is not None:
-        hidden = torch.rand(count, device=device)[mine] < train.label_dropout
+        hidden = torch.rand(count, device=device)[mine] < train.hidden_labels
     if processes.size() > 1:
         torch.manual_seed(derive(train.seed, "step", step, processes.rank()))
     return Draws(flip, t, noise, hidden)

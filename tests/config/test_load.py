@@ -258,6 +258,9 @@ def test_all_faults_between_sections_are_reported_at_once():
     ("changes", "fault"),
     [
         ({"sample__guidance": 2.0}, "sample.guidance = 2.0: needs model.class_conditional = true"),
+        ({"train__label_dropout": 0.0}, "train.label_dropout = 0.0: needs model.class_conditional = true; set it to a"),
+        ({"train__label_dropout": 1}, "train.label_dropout = 1: should be auto, or a number from 0 up and below 1"),
+        ({"train__label_dropout": True}, "train.label_dropout = True: should be auto, or a number from 0 up and belo"),
         ({"sample__classes": ["cat"]}, "sample.classes = ['cat']: needs model.class_conditional = true"),
         (
             {"model__class_conditional": True, "sample__guidance": 2.0, "train__label_dropout": 0.0},
@@ -270,6 +273,11 @@ def test_all_faults_between_sections_are_reported_at_once():
 )
 def test_classes_and_guidance_need_a_network_that_learns_them(changes, fault):
     assert all(fault in line for line in faults(changed(**changes)))
+
+
+def test_a_conditional_network_alone_learns_to_do_without_a_label():
+    assert check(changed(model__class_conditional=True, sample__guidance=2.0)).train.hidden_labels == 0.1
+    assert check(changed(model__class_conditional=True, train__label_dropout=0)).train.hidden_labels == 0
 
 
 def test_a_fault_stays_on_one_short_line_whatever_key_and_value_hold():

@@ -149,6 +149,7 @@ def test_a_conditional_network_draws_the_class_that_is_asked_for(tmp_path):
     images = np.tile(np.array([60, 180], dtype=np.uint8).reshape(2, 1, 1, 1), (20, 8, 8, 1))  # labels alternate, too
     images += np.random.default_rng(0).integers(0, 16, images.shape, dtype=np.uint8)
     settings = ("train.steps=150", "optimizer.lr=5e-3", "train.log_every_steps=50", "train.label_dropout=0.2")
+    settings += ("model.class_conditional=true",)
     model, _ = run(tmp_path, *settings, images=images, network=SHALLOW | TWO_CLASSES)
     dark, bright = brightness(model, ["dark"]), brightness(model, ["bright"])
     assert dark == pytest.approx(68, abs=15)
@@ -158,9 +159,9 @@ def test_a_conditional_network_draws_the_class_that_is_asked_for(tmp_path):
 
 
 def test_hiding_labels_is_what_teaches_the_class_of_no_label(tmp_path):
-    network = SHALLOW | TWO_CLASSES
-    untouched = run(tmp_path, "train.label_dropout=0.0", network=network, name="a")[0].class_embedding.weight
-    taught = run(tmp_path, "train.label_dropout=0.5", network=network, name="b")[0].class_embedding.weight
+    network, given = SHALLOW | TWO_CLASSES, "model.class_conditional=true"
+    untouched = run(tmp_path, given, "train.label_dropout=0.0", network=network, name="a")[0].class_embedding.weight
+    taught = run(tmp_path, given, "train.label_dropout=0.5", network=network, name="b")[0].class_embedding.weight
     start = UNet(small_unet(**network).config)
     initialise(start, torch.Generator().manual_seed(derive(0, "init")))
     assert torch.equal(untouched[2], start.class_embedding.weight[2])
