@@ -37,7 +37,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # what is renamed at the end
     with pytest.raises(OSError, match="No space left") as fault:
         save_model(tmp_path, small_unet(), CONFIG, {})
-    assert fault.value.errno == errno.ENOSPC  # which run_stage tells in one line
+    assert fault.value.errno == errno.ENOSPC  # which run_stage reports in one line
 
 
 def test_a_model_comes_back_as_it_was_saved(folder):
@@ -324,7 +324,7 @@ def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
     assert not same(moved, fresh)
 
 
-def test_a_resumed_training_goes_on_from_its_own_state(tmp_path, trained):
+def test_a_resumed_training_continues_from_its_own_state(tmp_path, trained):
     init = f"train.init_from={trained}"
     whole, _ = train(tmp_path, init)
     with pytest.raises(Interrupted):

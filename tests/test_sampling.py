@@ -49,7 +49,7 @@ def test_classes_come_in_turn_and_each_sample_depends_on_its_own():
         ({}, UNKNOWN, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),
     ],
 )  # fmt: skip
-def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, names, changes, fault):
+def test_a_class_or_guidance_unknown_to_the_network_is_refused(network, names, changes, fault):
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     with pytest.raises(UserError, match=fault):
         sampling.draw(small_unet(**network), d, settings(count=2, **changes), names)
@@ -71,7 +71,7 @@ def test_classes_follow_the_datas_frequencies_in_every_prefix():
     assert drawn[-1].tolist() == [2500, 1500, 600, 250, 0, 125, 25]
 
 
-def test_the_classes_that_are_asked_for_keep_their_frequencies():
+def test_the_selected_classes_keep_their_frequencies():
     config = small_unet(**MANY).config
     p = settings(class_frequencies="data", classes=["f", "b", "b"])
     assert np.bincount(class_sequence(p, config, COUNTED, 1300)).tolist() == [0, 1200, 0, 0, 0, 100]
@@ -128,7 +128,7 @@ def test_settings_that_change_an_image_change_the_name_of_its_part():
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned"])
-def test_a_learned_variance_that_is_not_used_is_said(capsys, variance):
+def test_an_unused_learned_variance_is_reported(capsys, variance):
     d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon", learn_variance=True))
     check_variance(settings(variance=variance), d)
     said = "note: models/ddpm has learned its variance, and sample.variance = fixed_small does not use it"

@@ -300,14 +300,14 @@ def test_short_and_long_exponents_are_both_numbers(tmp_path):
         assert load_params(("optimizer",), path).optimizer.lr == 2e-3
 
 
-def test_only_the_asked_for_sections_are_given():
+def test_only_the_named_sections_are_returned():
     params = load_params(("train", "runtime"), ROOT / "params.yaml")
     assert set(vars(params)) == {"train", "runtime"}
     with pytest.raises(AttributeError):
         _ = params.sample
 
 
-def test_a_fault_in_a_section_that_is_not_asked_for_is_reported(tmp_path):
+def test_a_fault_in_any_other_section_is_reported(tmp_path):
     path = write(tmp_path / "p.yaml", (ROOT / "params.yaml").read_text().replace("spacing: trailing", "spacing: foo"))
     with pytest.raises(UserError, match=r"p\.yaml: sample\.spacing = 'foo': should be "):
         load_params(("train",), path)

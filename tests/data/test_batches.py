@@ -55,7 +55,7 @@ def test_the_number_of_workers_changes_nothing(workers):
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
 
 
-def test_random_transforms_draw_anew_for_every_image_of_a_batch():
+def test_random_transforms_draw_for_each_image_of_a_batch():
     image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(32, axis=0)
     split = Images(image, np.zeros(32, dtype=np.int64))
     batch, _ = next(batches(split, batch_size=32, seed=0, steps=range(1), transforms=JITTER))

@@ -262,7 +262,7 @@ def test_a_large_picture_within_the_limit_is_taken_without_a_warning(tmp_path: P
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp", "bmp", "gif"])
-def test_damage_anywhere_in_a_file_is_told_or_harmless(tmp_path: Path, extension: str) -> None:
+def test_damage_anywhere_in_a_file_is_reported_or_harmless(tmp_path: Path, extension: str) -> None:
     whole = io.BytesIO()
     Image.fromarray(noise(24, 24, 3)).save(whole, {"jpg": "JPEG"}.get(extension, extension))
     rng = np.random.default_rng(0)

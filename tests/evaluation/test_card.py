@@ -22,17 +22,17 @@ def card(*overrides, values=VALUES, digest="none", classes=()):
     return dict(row for row in rows if len(row) == 2)
 
 
-def test_the_card_tells_what_the_distance_was_measured_with():
-    told = card("sample=ddpm", "sample.seed=7", "evaluate=inception", "dataset=cifar10", digest="672682")
-    assert told["FID"] == "0.0456"
-    assert told["Samples"] == "100000, seed 7"
-    assert told["Sampler"] == "ddpm, trailing spacing, variance fixed_small"
-    assert told["NFE"] == "1000"
-    assert told["Quantiser"] == "uint8, round to nearest"
-    assert told["Extractor"] == "inception"
-    assert told["Extractor's weights, sha256"] == "672682"
-    assert told["Reference"] == "digits, train: 1797 images of 8x8x1"
-    assert told["Data set, sha256"] == "f8286"
+def test_the_card_names_what_the_distance_was_measured_with():
+    shown = card("sample=ddpm", "sample.seed=7", "evaluate=inception", "dataset=cifar10", digest="672682")
+    assert shown["FID"] == "0.0456"
+    assert shown["Samples"] == "100000, seed 7"
+    assert shown["Sampler"] == "ddpm, trailing spacing, variance fixed_small"
+    assert shown["NFE"] == "1000"
+    assert shown["Quantiser"] == "uint8, round to nearest"
+    assert shown["Extractor"] == "inception"
+    assert shown["Extractor's weights, sha256"] == "672682"
+    assert shown["Reference"] == "digits, train: 1797 images of 8x8x1"
+    assert shown["Data set, sha256"] == "f8286"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_rows_are_written_as_a_list(tmp_path, rows):
 
 
 def test_the_bounds_part_of_a_loss_stands_beside_it_in_the_card():
-    told = card(values=VALUES | {"held_out_loss": 0.2111, "held_out_bound_loss": 0.0097})
-    assert (told["Held-out loss"], told["Held-out loss, the bound's part"]) == ("0.2111", "0.0097")
+    shown = card(values=VALUES | {"held_out_loss": 0.2111, "held_out_bound_loss": 0.0097})
+    assert (shown["Held-out loss"], shown["Held-out loss, the bound's part"]) == ("0.2111", "0.0097")
     assert not any("bound's part" in name for name in card())
 
 

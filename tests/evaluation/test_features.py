@@ -64,7 +64,7 @@ def test_the_digest_is_that_of_the_weights_that_were_loaded(weights, tmp_path, m
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights"])
-def test_missing_inception_weights_are_told_with_what_to_do(tmp_path, content):
+def test_missing_inception_weights_are_reported_with_a_remedy(tmp_path, content):
     path = tmp_path / "weights.pth"
     if content:
         path.write_bytes(content)

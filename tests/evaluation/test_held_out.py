@@ -20,7 +20,7 @@ def test_the_held_out_loss_of_a_known_network_is_its_closed_form():
     assert bound is None
 
 
-def test_the_held_out_loss_is_told_by_timestep_from_clean_to_noisy():
+def test_the_held_out_loss_is_listed_from_clean_to_noisy_timesteps():
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon"))
     seen = []
 

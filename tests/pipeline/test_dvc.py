@@ -62,7 +62,7 @@ def test_metrics_plots_and_experiments_are_shown(smoke, tmp_path):
     assert "frechet_distance" in smoke.dvc("exp", "show", "--csv")
 
 
-def test_no_output_tells_the_time_or_the_machine(smoke_run):
+def test_no_output_names_the_machine_or_its_folders(smoke_run):
     import socket
 
     for path in [*smoke_run.glob("results/**/*"), *smoke_run.glob("models/**/*")]:

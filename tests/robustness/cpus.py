@@ -99,7 +99,7 @@ def probe(*more: str, digits: bool = True) -> dict[str, str]:
 
 def start(folder: Path, code: Path, call: str, *around: str, **variables: str) -> subprocess.Popen[str]:
     """A process in the folder that writes what that call of `probe` finds, with that folder's code, into `found`."""
-    # the interpreter itself, which is told where the virtual environment has its packages
+    # the interpreter itself, with the path of the packages of the virtual environment
     python = [os.path.realpath(sys.executable), "-c"]
     script = f"import json, sys; from tests.robustness.cpus import probe; json.dump({call}, open('found', 'w'))"
     paths = {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, sys.path[1:])])}

@@ -1,10 +1,10 @@
 """Feed damaged, odd and hostile inputs to what reads a person's files, and odd settings to the samplers: each ends in a
-result or in a told fault.
+result or in a reported fault.
 
     python -m tests.robustness.fuzz --examples 5000
     python -m tests.robustness.fuzz --only images --examples 100000 --seed 7
 
-Told means a `UserError` whose lines a terminal can show; anything else, from a KeyError to a hang, is a bug, and
+Reported means a `UserError` whose lines a terminal can show; anything else, from a KeyError to a hang, is a bug, and
 hypothesis reduces the input that shows it.
 """
 
@@ -138,13 +138,13 @@ def mutated(tree: Any, changes: list[tuple[str, list[float], Any]]) -> Any:
 
 
 def outcome(read: Callable[[], object]) -> str:
-    """Whether `read` gave a result, or told what is wrong in lines that can be shown."""
+    """Whether `read` gave a result, or reported what is wrong in lines that can be shown."""
     try:
         read()
     except UserError as fault:
         lines = str(fault).split("\n")
         assert all(line.strip() and line.isprintable() and len(line) < 2500 for line in lines), lines
-        return "told"
+        return "reported"
     return "result"
 
 
@@ -279,7 +279,7 @@ def pictures() -> list[tuple[str, int, bytes]]:
 
 
 def shortened(case: tuple[float, float, str]) -> str:
-    """Files without their end, or with zeros or an end marker in its place: told, each of them."""
+    """Files without their end, or with zeros or an end marker in its place: each is reported."""
     which, place, tail = case
     kind, start, whole = pictures()[int(which * len(pictures()))]
     at = start + int(place * (len(whole) - start))
@@ -296,7 +296,7 @@ def shortened(case: tuple[float, float, str]) -> str:
     finally:
         shutil.rmtree(folder)
     assert isinstance(result, str) == (tail != "whole"), (kind, len(whole), at)
-    return "told" if isinstance(result, str) else "result"
+    return "reported" if isinstance(result, str) else "result"
 
 
 def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) -> str:
@@ -311,7 +311,7 @@ def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) ->
         shutil.rmtree(folder)
     if isinstance(result, str):
         assert result.strip() and "\n" not in result and len(result) < 1000, result
-        return "told"
+        return "reported"
     assert result.shape == (size, size, channels) and result.dtype == np.uint8
     return "result"
 
@@ -470,7 +470,7 @@ def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
                 return "result"
             loaded = state.load()
             assert loaded is not None  # the one before is whole
-            return "result" if loaded.get("step") == 2 else "told"
+            return "result" if loaded.get("step") == 2 else "reported"
     finally:
         shutil.rmtree(folder)
 
@@ -673,7 +673,7 @@ def main() -> None:
         start = time.monotonic()
         counts = fuzz(name, arguments.examples, arguments.seed)
         print(
-            f"{name:15} {counts.total():7} inputs: {counts['result']:7} results, {counts['told']:7} told faults, "
+            f"{name:15} {counts.total():7} inputs: {counts['result']:7} results, {counts['reported']:7} faults, "
             f"{time.monotonic() - start:5.0f} s",
             flush=True,
         )

@@ -1,11 +1,11 @@
-"""Kill the pipeline at random moments, go on, and see whether the end has the bytes of a run that was never touched.
+"""Kill the pipeline at random moments, resume it, and compare the end with the bytes of an undisturbed run.
 
     python -m tests.robustness.kills --seed 1 --kills 100
 
 Each round starts from nothing in a scratch clone, is killed a few times and run again until it is done. What is
 killed is drawn from the seed: the stage, dvc or its whole process group; by SIGKILL, SIGTERM or SIGINT; under
 `dvc repro`, `dvc exp run`, `dvc exp run --temp` or a queue worker; at once run again, or after the dust has settled.
-Only Linux tells what this asks for.
+Needs /proc, so Linux only.
 """
 
 import argparse
@@ -47,7 +47,7 @@ OVERRIDES = (
 )
 Aim = tuple[str, str, str | None]  # target, signal, and the stage to wait for
 CHECKED = ("dvc.lock", "params.yaml", "results")
-GRACE = 15.0  # seconds in which what has lost its parent, or was told to stop, has to be gone
+GRACE = 15.0  # seconds in which what has lost its parent, or was signalled to stop, has to be gone
 PATIENCE = 300.0  # seconds for any one command
 
 
@@ -232,7 +232,7 @@ class Ground:
             time.sleep(0.02)
         self.tally.longest = max(self.tally.longest, time.monotonic() - started_at)
         if alive:
-            raise BrokenPromise(f"outlived {how} by {GRACE:.0f} s: {[told(process) for process in alive]}")
+            raise BrokenPromise(f"outlived {how} by {GRACE:.0f} s: {[described(process) for process in alive]}")
 
     # The queue
 
@@ -299,7 +299,7 @@ class Ground:
             for commit in new:
                 self.same("reference", commit)
         if left := self.leftovers():
-            raise BrokenPromise(f"still running: {[told(process) for process in left]}")
+            raise BrokenPromise(f"still running: {[described(process) for process in left]}")
         if states := list((self.folder / ".state").glob("*")):
             raise BrokenPromise(f"states outlived the run: {states}")
 
@@ -350,7 +350,7 @@ def stage_name(process: psutil.Process) -> str | None:
     return words[-1].removeprefix("stages.")
 
 
-def told(process: psutil.Process) -> str:
+def described(process: psutil.Process) -> str:
     return f"{process.pid} {' '.join(command_line(process))}"
 
 

@@ -102,13 +102,13 @@ def test_two_processes_have_the_curve_samples_and_metrics_of_one(place):
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "told"),
+    ("name", "code", "line"),
     [
         ("SIGKILL", 1, "process 1 of the run was ended by SIGKILL"),
         pytest.param("SIGTERM", 143, "stopped by SIGTERM", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_process_ends_the_run_and_the_next_has_the_same_bytes(place, name, code, told):
+def test_a_killed_process_ends_the_run_and_the_next_has_the_same_bytes(place, name, code, line):
     long = (*SEVERAL, "train.steps=40", "train.save_every_seconds=1e-9")
     curve, weights = loss_file(place), place / "models/ddpm/unet/diffusion_pytorch_model.safetensors"
     finish(start(place, "train", *long))
@@ -122,7 +122,7 @@ def test_a_killed_process_ends_the_run_and_the_next_has_the_same_bytes(place, na
     began = time.monotonic()
     victim = workers[1] if name == "SIGKILL" else psutil.Process(process.pid)
     victim.send_signal(signal.Signals[name])
-    assert told in finish(process, code)
+    assert line in finish(process, code)
     assert time.monotonic() - began < 20
     assert not [worker for worker in workers if worker.is_running()]
 
@@ -131,7 +131,7 @@ def test_a_killed_process_ends_the_run_and_the_next_has_the_same_bytes(place, na
 
 
 def on_two_machines(place: Path, *overrides: str) -> str:
-    """What the README's Slurm example does: dvc's on one machine, a bare stage on the other, both told by PET_*."""
+    """What the README's Slurm example does: dvc's on one machine, a bare stage on the other, both set by PET_*."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"

@@ -97,7 +97,7 @@ def test_a_state_is_copied_at_once_and_written_in_the_background(state, monkeypa
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (gate.wait(30), fsync(file)))
     state.save({"weights": weights})
-    weights += 1  # the training goes on
+    weights += 1  # the training continues
     assert not newest(state).exists()
     gate.set()
     assert torch.equal(state.load()["weights"], torch.zeros(3))
@@ -158,7 +158,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage
 
 
 @DAMAGES
-def test_where_both_are_damaged_the_run_starts_anew(state, damage, capsys):
+def test_where_both_are_damaged_the_run_starts_over(state, damage, capsys):
     for step in (1, 2):
         save(state, {"step": step})
     for file in state.folder.glob("*.pt"):
@@ -268,8 +268,8 @@ def test_a_process_waits_for_one_that_is_still_saving(tmp_path, monkeypatch, end
             monkeypatch.setattr(workspace, "PATIENCE", 0.2)
             with pytest.raises(UserError), ResumeState(folder):
                 pass
-    told = f"{folder}: another process is at work on this very run; waiting for its end\n"
-    assert capfd.readouterr().err == told * 2
+    expected = f"{folder}: another process is at work on this very run; waiting for its end\n"
+    assert capfd.readouterr().err == expected * 2
 
 
 def test_remove_deletes_the_folder(state):
@@ -296,8 +296,8 @@ def test_the_oldest_unfinished_runs_make_room_for_a_new_one(tmp_path, capsys):
         fcntl.flock(at_work, fcntl.LOCK_EX)
         with ResumeState(tmp_path / "train-new") as new:
             assert states(tmp_path) == [other, runs[0], *runs[3:], new.folder]
-    told = [f"{run}: removed, the oldest of more than {MAX_UNFINISHED_RUNS} unfinished runs" for run in runs[1:3]]
-    assert capsys.readouterr().err.splitlines() == told
+    expected = [f"{run}: removed, the oldest of more than {MAX_UNFINISHED_RUNS} unfinished runs" for run in runs[1:3]]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 @pytest.mark.process

@@ -306,7 +306,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(started, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_the_end_of_a_run_is_told_with_its_outcome(started, error):
+def test_the_end_of_a_run_is_recorded_with_its_outcome(started, error):
     try:
         with Tracker(None, AUTO, CONFIG, "abc123", "train"):
             if error:
@@ -362,7 +362,7 @@ def test_a_broken_netrc_means_that_there_is_no_key(started):
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_resumed_stage_goes_on_in_the_same_run(started, mode, tmp_path):
+def test_a_resumed_stage_continues_the_same_run(started, mode, tmp_path):
     os.environ |= {"WANDB_MODE": mode, "DVC_EXP_NAME": "brave-one", "WANDB_API_KEY": KEY}
     track(None)
     (options,) = started
@@ -408,7 +408,7 @@ def test_the_summary_holds_the_last_values():
     assert before is None or json.loads(before) != metrics | {"step": step}
 
 
-def test_a_picture_is_kept_where_it_is_asked_for_and_nowhere_else(started):
+def test_a_picture_is_kept_only_where_a_folder_is_given(started):
     with Tracker("results", AUTO, CONFIG, "abc123", "train") as tracker:
         tracker.log_picture(3, "samples_epoch_00001", PICTURE, Path("kept/here"))
         tracker.log_picture(0, "noise", PICTURE)

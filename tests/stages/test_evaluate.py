@@ -47,7 +47,7 @@ def distance(samples):
     return distances.frechet_distance(*(distances.Normal(x.reshape(len(x), -1)) for x in (samples, real)))
 
 
-def tell(test, train=60, **more):
+def write_info(test, train=60, **more):
     """Write dataset.json, with so many images in each split."""
     counts = {"train": train, "test": test}
     parts = [np.load(f"data/prepared/{split}/{kind}.npy") for split in counts for kind in ("images", "labels")]
@@ -67,7 +67,7 @@ def inside(tmp_path, monkeypatch):
         Path("data/prepared", split).mkdir(parents=True)
         np.save(f"data/prepared/{split}/images.npy", images(count, seed=count))
         np.save(f"data/prepared/{split}/labels.npy", np.zeros(count, dtype=np.int64))
-    tell(test=30)
+    write_info(test=30)
     save_model("models/ddpm", small_unet(), DIFFUSION, {"run": "0123456789abcdef"})
     Path("samples").mkdir()
     np.save("samples/images.npy", drawn(seed=0))
@@ -90,7 +90,7 @@ def rows():
     return json.loads(Path("results/evaluate/fd_by_nfe.json").read_text())
 
 
-def test_every_output_has_the_same_bytes_again_and_tells_no_path(inside):
+def test_a_second_run_gives_the_same_bytes_and_no_path_is_in_them(inside):
     run()
     before = {name: Path("results/evaluate", name).read_bytes() for name in OUTPUTS}
     torch.manual_seed(1)
@@ -100,10 +100,10 @@ def test_every_output_has_the_same_bytes_again_and_tells_no_path(inside):
     assert not any(str(inside).encode() in content for content in before.values())
 
 
-def test_the_bound_is_told_where_it_is_asked_for_and_only_there(inside):
+def test_the_bound_is_reported_only_where_images_are_set_for_it(inside):
     values = run("evaluate.bound_images=5")
-    told = json.loads(Path("results/evaluate/bound_by_timestep.json").read_text())
-    assert values["bits_per_dim"] == pytest.approx(sum(row["bits_per_dim"] for row in told), rel=0.01)  # but L_T
+    terms = json.loads(Path("results/evaluate/bound_by_timestep.json").read_text())
+    assert values["bits_per_dim"] == pytest.approx(sum(row["bits_per_dim"] for row in terms), rel=0.01)  # but L_T
     assert "bits_per_dim" not in run("evaluate.bound_images=0")
     assert json.loads(Path("results/evaluate/bound_by_timestep.json").read_text()) == []
 
@@ -182,7 +182,7 @@ def test_few_images_give_what_is_defined_and_name_the_rest(inside, counts, sampl
     train, test = counts
     split("train", train)
     split("test", test)
-    tell(test, train)
+    write_info(test, train)
     np.save("samples/images.npy", images(samples, seed=1))
     values = run("evaluate.bound_images=2")
     reference = train + test
@@ -205,7 +205,7 @@ def test_a_reference_smaller_than_the_neighbours_is_still_measured(inside):
     values = run("evaluate.neighbours=20", "sample.count=24", "evaluate.reference=test")
     assert {"precision", "recall"} <= set(values)
     split("test", 20)
-    tell(20)
+    write_info(20)
     values = run("evaluate.neighbours=20", "evaluate.reference=test")
     assert "recall" in values
     assert "precision" not in values
@@ -286,7 +286,7 @@ def test_points_that_differ_in_their_steps_alone_are_each_drawn(inside):
 
 def test_further_samples_have_the_classes_of_the_data(inside):
     unet = small_unet(num_class_embeds=2)
-    tell(30, classes=["cat", "dog"])
+    write_info(30, classes=["cat", "dog"])
     save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16, "data": {"class_counts": [50, 10]}}, ("cat", "dog"))
     options = ("model.class_conditional=true", "evaluate.nfe_curve=[{sampler: ddim, steps: [3]}]")
     run(*options, "sample.class_frequencies=data")

@@ -188,7 +188,7 @@ def test_data_changed_under_a_running_stage_writes_nothing(made, monkeypatch, tm
             run(stage, "train.steps=2", "train.warmup_steps=0", "evaluate.bound_images=0")
     assert files() == before
     assert not list(Path(".state").iterdir())
-    if change is in_place:  # what dataset.json tells is no longer so
+    if change is in_place:  # the data no longer matches dataset.json
         with pytest.raises(UserError, match=r"^data/prepared: does not match its dataset.json; "):
             run(stage)
 
@@ -230,10 +230,10 @@ def test_the_stages_record_into_one_run_of_wandb(tmp_path, monkeypatch):
     name = json.loads(Path("models/ddpm/training.json").read_text())["run"]
     runs = sorted(tmp_path.glob("wandb/offline-run-*"))
     assert [folder.name.rpartition("-")[2] for folder in runs] == [name] * 3
-    told = [list(records(next(folder.glob("*.wandb")))) for folder in runs]
+    logs = [list(records(next(folder.glob("*.wandb")))) for folder in runs]
     rows = [
         {key for record in log if record.WhichOneof("record_type") == "history" for key in values(record.history.item)}
-        for log in told
+        for log in logs
     ]
     assert "train/loss" in rows[0]
     assert {"sample/grid.path", "sample/denoising.path"} <= rows[1]
@@ -265,7 +265,7 @@ import contextlib, io, json, os, resource, sys
 from ddpm.runtime.stage import run_stage
 from stages import evaluate, prepare_data, sample, train
 
-def told(stage):
+def report_of(stage):
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
         try:
             run_stage(stage.main, stage.SECTIONS)
@@ -277,12 +277,12 @@ def told(stage):
 results = []
 for stage, folder in json.loads(sys.argv[1]):
     os.chmod(folder, 0o555)
-    results.append(told(globals()[stage]))
+    results.append(report_of(globals()[stage]))
     os.chmod(folder, 0o755)
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 for stage, size in json.loads(sys.argv[2]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
-    results.append(told(globals()[stage]))
+    results.append(report_of(globals()[stage]))
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 print(json.dumps(results))
 """
@@ -343,7 +343,7 @@ def test_metrics_are_rounded_numbers_with_what_they_were_measured_on(made):
 
 
 @pytest.mark.parametrize("reference", ["train", "test"])
-def test_the_reference_set_is_the_one_that_was_asked_for(inside, reference):
+def test_the_reference_set_is_the_one_in_the_parameters(inside, reference):
     run(evaluate, f"evaluate.reference={reference}")
     metrics = json.loads((inside / "results/evaluate/metrics.json").read_text())
     assert metrics["reference_images"] == {"train": 1438, "test": 359}[reference]

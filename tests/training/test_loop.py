@@ -144,7 +144,7 @@ def brightness(model, classes, guidance=1.0):
     return sampling.draw(model, diffusion, settings, sampling.Classes(NAMES)).mean()
 
 
-def test_a_conditional_network_draws_the_class_that_is_asked_for(tmp_path):
+def test_a_conditional_network_draws_the_class_it_is_given(tmp_path):
     """Dark and bright images: a class gives its own, no label gives both, guidance away from no label the extreme."""
     images = np.tile(np.array([60, 180], dtype=np.uint8).reshape(2, 1, 1, 1), (20, 8, 8, 1))  # labels alternate, too
     images += np.random.default_rng(0).integers(0, 16, images.shape, dtype=np.uint8)
