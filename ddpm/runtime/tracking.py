@@ -22,6 +22,7 @@ from ddpm.config.schema import Tracking
 from ddpm.runtime import processes
 from ddpm.runtime.workspace import root
 
+PATIENCE = {"online": 20, "offline": 90}  # seconds: for a server, and for W&B's own service on a busy machine
 SERVER = "https://api.wandb.ai"  # for which W&B takes a key, too, whatever its present address
 
 
@@ -119,7 +120,6 @@ def _warn(text: str) -> None:
 
 def _init(mode: Any, project: str, config: dict[str, Any], run_id: str, stage: str) -> Any:
     (root() / "wandb").mkdir(exist_ok=True)
-    patience = 20 if mode == "online" else 90  # seconds: for a server, or for W&B's own service on a busy machine
     run = wandb.init(
         project=project,
         id=run_id,
@@ -130,7 +130,12 @@ def _init(mode: Any, project: str, config: dict[str, Any], run_id: str, stage: s
         dir=str(root()),
         config=config,
         settings=wandb.Settings(
-            silent=True, console="off", disable_code=True, disable_git=True, save_code=False, init_timeout=patience
+            silent=True,
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            save_code=False,
+            init_timeout=PATIENCE[mode],
         ),
     )
     run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import tools.states
 from ddpm.errors import UserError
 from ddpm.runtime import imports, resume, workspace
 from ddpm.runtime.progress import Progress
@@ -300,16 +301,15 @@ def test_the_oldest_unfinished_runs_make_room_for_a_new_one(tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == expected
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("option", [[], ["--clean"]])
-def test_states_are_listed_and_cleaned_by_one_command(tmp_path, option):
+def test_states_are_listed_and_cleaned_by_one_command(tmp_path, monkeypatch, capsys, option):
     at_work, *runs = unfinished(tmp_path / ".state", ["train-a1", "train-b2", "sample-c3", "evaluate-d4.done"])
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["states", *option])
     with (at_work / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        command = ["-m", "tools.states", *option]
-        env = os.environ | {"DVC_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        with python(*command, cwd=tmp_path, env=env) as process:
-            printed = process.communicate(timeout=60)[0]
+        tools.states.main()
+    printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if re.search(r"\d\.\d", line)]
     word = ["deleted"] if option else []
     hours = [row.pop(2) for row in rows]

@@ -272,8 +272,9 @@ def test_what_was_recorded_offline_is_what_wandb_sync_would_send(offline):
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path, refused):
     code = (
-        "from ddpm.config.schema import Tracking; from ddpm.runtime.tracking import Tracker\n"
-        "with Tracker(None, Tracking(wandb='auto', project='x'), {'a': 1}, 'abc', 'train') as tracker:\n"
+        "from ddpm.config.schema import Tracking; from ddpm.runtime import tracking\n"
+        "tracking.PATIENCE['online'] = 5\n"
+        "with tracking.Tracker(None, Tracking(wandb='auto', project='x'), {'a': 1}, 'abc', 'train') as tracker:\n"
         "    tracker.log(1, {'loss': 0.5})\n"
     )
     errors = {"errors": [{"message": "user is not logged in"}]}
