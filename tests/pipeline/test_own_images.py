@@ -104,8 +104,8 @@ def test_the_page_of_plots_shows_the_runs(person):
     assert "Training loss" in page and "grid.png" in page
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_clone_elsewhere_is_clean_and_has_the_same_bytes(person, tmp_path, again):
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_clone_elsewhere_is_clean_and_has_the_same_bytes(person, tmp_path, recompute):
     get, pull, repeat, again = BLOCKS[1]
     hosted = Clone(tmp_path)
     hosted.run("sh", "-ec", get.replace("/path/to/repository", str(person.base / "hosted.git")))
@@ -116,7 +116,7 @@ def test_a_clone_elsewhere_is_clean_and_has_the_same_bytes(person, tmp_path, aga
     assert before == content(person.clone.folder)
     assert len([name for name in before if name.startswith("data/raw/")]) == 60
     assert "Running stage" not in person.type(repeat, clone)
-    if again:
+    if recompute:
         person.type(again, clone)
         assert content(clone.folder) == before
 
