@@ -1,6 +1,7 @@
 """Recording a run: curves and pictures to DVCLive (files that DVC hashes) and to Weights & Biases.
 
-What depends on the clock or the machine goes to W&B and the terminal only.
+What depends on the clock or the machine goes to W&B and the terminal only. wandb is imported where it is used: it takes
+0.3 s, which a run with `tracking.wandb: disabled` saves.
 """
 
 import netrc
@@ -12,7 +13,6 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-import wandb
 from dvclive import Live
 from omegaconf import OmegaConf
 from PIL import Image
@@ -62,7 +62,7 @@ class Tracker:
         if folder and self._records:
             pictures.save(picture, folder / f"{name}.png")
         key = f"{self.stage}/{name.split('_')[0]}"
-        self._wandb(lambda run: run.log({key: wandb.Image(picture, caption=name), f"{self.stage}/step": step}))
+        self._wandb(lambda run: run.log({key: _image(picture, name), f"{self.stage}/step": step}))
 
     def finish(self) -> None:
         """Write DVCLive's metrics.json from the last values."""
@@ -79,8 +79,16 @@ class Tracker:
             self.run = None
 
 
+def _image(picture: Image.Image, caption: str) -> Any:
+    import wandb
+
+    return wandb.Image(picture, caption=caption)
+
+
 def _has_key() -> bool:
     """Whether W&B would find a key: in the environment, or in ~/.netrc, where `wandb login` puts it."""
+    import wandb
+
     if os.environ.get("WANDB_API_KEY"):
         return True
     own = os.environ.get("WANDB_BASE_URL")
@@ -102,6 +110,8 @@ def _start_wandb(tracking: Tracking, config: dict[str, Any], run_id: str, stage:
         mode = "offline"
     if mode == "disabled":
         return None
+    import wandb
+
     for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):  # the home may be read-only
         os.environ.setdefault(variable, str(root() / "wandb" / "cache"))
     for attempt in dict.fromkeys((mode, "offline")):
@@ -119,6 +129,8 @@ def _warn(text: str) -> None:
 
 
 def _init(mode: Any, project: str, config: dict[str, Any], run_id: str, stage: str) -> Any:
+    import wandb
+
     (root() / "wandb").mkdir(exist_ok=True)
     run = wandb.init(
         project=project,
