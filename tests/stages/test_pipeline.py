@@ -84,7 +84,7 @@ def test_seed_and_sampler_change_the_samples(inside, overrides):
 def test_the_pictures_show_the_same_images_whatever_the_batch(inside):
     names = ("grid.png", "denoising.png", "film.png")
     expected = {name: np.asarray(Image.open(f"results/sample/{name}")).astype(int) for name in names}
-    for size in range(1, 6):
+    for size in (1, 5):  # 5: the six images of the strip are in two batches
         run(sample, f"sample.batch_size={size}")
         for name, pixels in expected.items():
             np.testing.assert_allclose(np.asarray(Image.open(f"results/sample/{name}")), pixels, atol=2)
