@@ -10,7 +10,7 @@ from ddpm.errors import UserError
 
 
 def write_file(path: str | Path, content: bytes | memoryview) -> None:
-    """Write beside `path` and rename into place, so that a reader sees the file of before or the new one.
+    """Write beside `path` and rename into place, so that a reader sees either the old file or the new one.
 
     A link at `path`, such as DVC sets into its cache, is replaced: nothing is ever written through it. The folder is
     made.

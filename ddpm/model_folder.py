@@ -335,7 +335,7 @@ def _unet_from_json(values: dict[str, Any]) -> UNetConfig:
 
 
 def _with_classes(config: UNetConfig, names: int) -> UNetConfig:
-    """The configuration of a network with so many named classes: a label beyond them stands for no label.
+    """The configuration of a network with that many named classes: a label beyond them stands for no label.
 
     Raises:
         ValueError: it has fewer labels, or more than that.

@@ -38,7 +38,7 @@ class Classes(NamedTuple):
 
 UNKNOWN = Classes()
 OnStep = Callable[[int, int, Tensor], None]  # see `draw`
-Draw = Callable[[int, OnStep], object]  # draws so many samples, and shows each state
+Draw = Callable[[int, OnStep], object]  # draws that many samples, and passes on each state
 
 
 def chosen_classes(params: Sample, config: UNetConfig, names: Sequence[str]) -> list[int]:

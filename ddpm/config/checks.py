@@ -70,7 +70,7 @@ def _files(params: Params) -> Faults:
 
 
 def setting_faults(params: Params) -> list[str]:
-    """Faults of the settings whatever the data, one line per fault."""
+    """Faults of the settings that do not depend on the data, one line per fault."""
     return [line for check in (_length, _processes, _files) for line in fault_lines(check(params), params)]
 
 

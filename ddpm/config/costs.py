@@ -57,7 +57,7 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
 
 
 def _pair(a: int, b: int, width: int) -> Cost:
-    """The cost of the Fréchet distance between sets of so many images, less that of their statistics."""
+    """The cost of the Fréchet distance between sets of these sizes, without that of their statistics."""
     small, large = sorted((a, b))
     size = min(small, width)
     eigenvalues = 10 * size**3  # 4/3 size^3, at a tenth of a matrix product's speed

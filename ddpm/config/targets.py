@@ -1,7 +1,7 @@
 """Objects that parameters may name by `_target_`: optimizers, learning-rate schedulers and image transforms.
 
 Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules and nowhere else.
-A class of theirs that cannot work here is refused with the reason (`not_for_params`). Names and arguments are checked
+A class that cannot work here is refused with the reason (`not_for_params`). Names and arguments are checked
 against the modules' source text, without importing it: importing torch takes longer than the two seconds in which a
 wrong parameter has to be refused.
 """
@@ -204,7 +204,7 @@ def build(node: dict[str, Any], kind: Kind, *args: Any) -> Any:
     kwargs = {key: _value(value, kind) for key, value in node.items() if key != "_target_"}
     try:
         return cls(*args, **kwargs)
-    except Exception as error:  # of whatever kind: the class is torch's own, so the fault is in the arguments
+    except Exception as error:  # of any class: the code is torch's, so the fault is in the arguments
         text = " ".join(f"{error}".split()) or type(error).__name__
         raise ValueError(f"{node['_target_']}: {text}") from None
 

@@ -20,7 +20,7 @@ from ddpm.runtime import processes
 
 def as_tensor(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, C) as stored, possibly memory-mapped, to a uint8 tensor (B, C, H, W)."""
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants memory that may be written
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants writable memory
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
@@ -89,11 +89,11 @@ def batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """The training batches of the steps asked for: the same for a step whatever came before it.
+    """The training batches of these steps: a step's batch does not depend on where the range starts.
 
-    An epoch is a permutation of the images, less the rest that fills no batch. A batch larger than that is an epoch of
-    its own: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw again for
-    every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where there
+    An epoch is a permutation of the images, without the remainder that fills no batch. A batch larger than that is an
+    epoch by itself: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw
+    for every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where there
     are several processes, each gets its share of every batch.
 
     Returns:

@@ -91,7 +91,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch has a class of its own for CUDA alone
+    except RuntimeError as error:  # only for CUDA has torch a more specific class
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise UserError(f"out of memory: {advice}") from None

@@ -82,7 +82,7 @@ def as_worker() -> Iterator[None]:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if silent else nullcontext():
             join()
             yield
-    except RuntimeError as error:  # gloo has no class of its own
+    except RuntimeError as error:  # gloo raises no more specific class
         if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
             raise
         raise UserError(f"process {os.environ['RANK']}: another process of the run has ended") from None

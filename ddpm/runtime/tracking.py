@@ -23,7 +23,7 @@ from ddpm.runtime import processes
 from ddpm.runtime.workspace import root
 
 PATIENCE = {"online": 20, "offline": 90}  # seconds: for a server, and for W&B's own service on a busy machine
-SERVER = "https://api.wandb.ai"  # for which W&B takes a key, too, whatever its present address
+SERVER = "https://api.wandb.ai"  # W&B also uses the key of this address, whatever its present one
 
 
 class Tracker:
@@ -74,7 +74,7 @@ class Tracker:
             return
         try:
             action(self.run)
-        except Exception as error:  # whatever happens there, the training continues
+        except Exception as error:  # trouble with W&B does not end the training
             _warn(f"{error}; this run is no longer recorded there")
             self.run = None
 
@@ -117,7 +117,7 @@ def _start_wandb(tracking: Tracking, config: dict[str, Any], run_id: str, stage:
     for attempt in dict.fromkeys((mode, "offline")):
         try:
             return _init(attempt, tracking.project, config, run_id, stage)
-        except Exception as error:  # whatever happens there, the stage continues
+        except Exception as error:  # trouble with W&B does not end the stage
             outcome = "recorded offline (WANDB_MODE=offline saves the wait)" if attempt == "online" else "not recorded"
             _warn(f"{' '.join(str(error).split())[:200]}; {outcome}")
             wandb.teardown()  # its service would hold the run's id

@@ -277,7 +277,7 @@ def test_broken_images_stop_the_run_and_are_named() -> None:
     assert lines[:20] == [f"train/a/broken{i:02}.png: not a png, jpg, webp, bmp or gif image" for i in range(20)]
     assert lines[20] == "and 6 more"
     assert lines[21] == (
-        "26 of 37 images in raw are broken: mend or remove them, or leave them out: dataset.on_broken=skip"
+        "26 of 37 images in raw are broken: repair or remove them, or skip them: dataset.on_broken=skip"
     )
     assert len(lines) == 22 and tree() == ["raw"]
 
@@ -331,7 +331,7 @@ def test_a_class_that_loses_all_training_images_is_refused() -> None:
     put("test/b/0.png", 90)
     Path("raw/train/b").mkdir()
     Path("raw/train/b/0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="no training image is left of b: mend or replace the broken ones") as fault:
+    with pytest.raises(UserError, match="no training image is left of b: repair or replace the broken ones") as fault:
         run(dataset(on_broken="skip"))
     assert "\n" not in str(fault.value) and tree() == ["raw"]
 

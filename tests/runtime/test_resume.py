@@ -155,7 +155,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage
     assert state.load() == {"step": 2}
     newest(state).write_bytes(damage(newest(state).read_bytes()))
     assert state.load() == {"step": 1}
-    assert capsys.readouterr() == ("", f"{newest(state)}: damaged, passed over\n")
+    assert capsys.readouterr() == ("", f"{newest(state)}: damaged, skipped\n")
 
 
 @DAMAGES
@@ -165,7 +165,7 @@ def test_where_both_are_damaged_the_run_starts_over(state, damage, capsys):
     for file in state.folder.glob("*.pt"):
         file.write_bytes(damage(file.read_bytes()))
     assert state.load() is None
-    assert capsys.readouterr().err.count("damaged, passed over\n") == 2
+    assert capsys.readouterr().err.count("damaged, skipped\n") == 2
 
 
 def test_a_save_after_a_damaged_one_is_loaded(state):
@@ -229,7 +229,7 @@ def test_code_in_a_state_with_a_right_checksum_is_not_run(state, tmp_path, capsy
     data = pickle.dumps({"step": Code(str(tmp_path / "made"))}, protocol=2)
     newest(state).write_bytes(hashlib.sha256(data).digest() + data)
     assert state.load() == {"step": 1}
-    assert capsys.readouterr().err == f"{newest(state)}: damaged, passed over\n"
+    assert capsys.readouterr().err == f"{newest(state)}: damaged, skipped\n"
     torch.save({"step": Code(str(tmp_path / "made"))}, tmp_path / "evil")
     data = (tmp_path / "evil").read_bytes()
     newest(state).write_bytes(hashlib.sha256(data).digest() + data)
@@ -428,7 +428,7 @@ def test_a_damaged_part_is_named_and_computed_again(state, damage, capsys):
     path = state.folder / "part.npy"
     path.write_bytes(damage(path.read_bytes()))
     assert state.kept("part", lambda: np.arange(100) * 2)[1] == 2
-    assert capsys.readouterr().err == f"{path}: damaged, passed over\n"
+    assert capsys.readouterr().err == f"{path}: damaged, skipped\n"
     assert state.kept("part", lambda: np.arange(100) * 3)[1] == 2
 
 
