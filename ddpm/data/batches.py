@@ -93,8 +93,8 @@ def batches(
 
     An epoch is a permutation of the images, without the remainder that fills no batch. A batch larger than that is an
     epoch by itself: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw
-    for every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where there
-    are several processes, each gets its share of every batch.
+    for every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where
+    there are several processes, each gets its share of every batch.
 
     Returns:
         A generator of images (B, C, H, W), uint8, or float32 in [0, 1] where the transforms end in floats, and their

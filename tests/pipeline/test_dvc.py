@@ -14,7 +14,7 @@ GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def changed(clone) -> dict[str, set[str]]:
-    """The stages with a changed dependency or parameter of their own (not just a changed predecessor), and which."""
+    """The stages with a changed dependency or parameter of their own (not of a predecessor alone), and what changed."""
     found = {}
     with Repo(str(clone.folder)) as repo:
         for name, entries in repo.status().items():

@@ -164,7 +164,7 @@ def params() -> dict[str, Any]:
 
 @cache
 def image_corpus() -> list[bytes]:
-    """What Pillow can write, in every format, mode and a few odd sizes, animated where there is such a thing."""
+    """Images in every format and mode that Pillow can write, in a few odd sizes, animated where possible."""
     Image.init()
     rng = np.random.default_rng(0)
     found = [b"", b"not an image", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x10\0\0\0WEBP", b"BM"]
@@ -451,7 +451,7 @@ def prepared(changes: dict[str, Any]) -> str:
 
 
 def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
-    """A state is whole, or passed over; `sealed`: with a checksum that is right for the damage."""
+    """A state is read whole, or skipped; `sealed`: with a checksum that fits the damage."""
     changes, sealed, array = case
     folder = scratch()
     try:
@@ -641,7 +641,7 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
 
 
 def fuzz(name: str, examples: int, number: int | None = None) -> Counter[str]:
-    """Try so many inputs, and count how they ended. `number`: a seed; None for the same inputs each time."""
+    """Try that many inputs, and count how they ended. `number`: a seed; None for the same inputs each time."""
     strategy, check_one = CHECKS[name]
     counts: Counter[str] = Counter()
 

@@ -148,7 +148,7 @@ class Ground:
         self.tally.rounds[name] += 1
 
     def attempt(self, name: str, before: set[str], kill: bool, aim: Aim | None = None) -> bool:
-        """Start the command, perhaps kill it, wait for its end; say whether the run is complete."""
+        """Start the command, perhaps kill it, wait for its end; return whether the run is complete."""
         command = [*COMMANDS[name], *(self.overrides if name != "repro" else [])]
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -253,7 +253,7 @@ class Ground:
             time.sleep(0.05)
 
     def queue_done(self, before: set[str]) -> bool:
-        """Wait until nobody is at work; say whether an experiment was made."""
+        """Wait until no process is at work; return whether an experiment was made."""
         deadline, quiet = time.monotonic() + PATIENCE, 0
         while time.monotonic() < deadline:
             if self.experiments() - before:
@@ -273,7 +273,7 @@ class Ground:
     # The promise
 
     def check(self, name: str, before: set[str]) -> None:
-        """The bytes are the reference's, nobody is left, and the next command finds no obstacle.
+        """The bytes are the reference's, no process is left, and the next command finds no obstacle.
 
         Raises:
             BrokenPromise: one of these is not so.

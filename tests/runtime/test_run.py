@@ -14,7 +14,7 @@ INPUTS = {"data": "hash of the data"}
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """A folder of its own; torch's switches come back."""
+    """A folder of its own; torch's switches are restored."""
     threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))
     monkeypatch.chdir(tmp_path)

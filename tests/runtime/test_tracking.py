@@ -222,7 +222,7 @@ def test_a_run_that_cannot_be_online_is_recorded_offline(started, monkeypatch, c
 
 
 class Answers(BaseHTTPRequestHandler):
-    """W&B's server, as far as it says who has a key."""
+    """A stand-in for W&B's server, which only answers who has a key."""
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -242,7 +242,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @contextmanager
 def server(code, answer):
-    """The address of one that gives every question this answer."""
+    """The address of a server that gives this answer to every request."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as answering:
         answering.code, answering.answer, answering.asked = code, answer, 0
         Thread(target=answering.serve_forever, daemon=True).start()

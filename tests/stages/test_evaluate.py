@@ -48,7 +48,7 @@ def distance(samples):
 
 
 def write_info(test, train=60, **more):
-    """Write dataset.json, with so many images in each split."""
+    """Write dataset.json for this many images in each split."""
     counts = {"train": train, "test": test}
     parts = [np.load(f"data/prepared/{split}/{kind}.npy") for split in counts for kind in ("images", "labels")]
     content = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
@@ -75,7 +75,7 @@ def inside(tmp_path, monkeypatch):
 
 
 def split(name, count):
-    """Replace the images of a split by so many."""
+    """Replace the images of a split by this many others."""
     np.save(f"data/prepared/{name}/images.npy", images(count, seed=count + 1000 * len(name)))
     np.save(f"data/prepared/{name}/labels.npy", np.zeros(count, dtype=np.int64))
 

@@ -289,7 +289,7 @@ print(json.dumps(results))
 
 
 def without_power_over_files():
-    """So that folders are read-only to root, too: its capabilities to read and write what it may not are dropped."""
+    """Drop the capabilities by which root reads and writes anything, so that folders are read-only to root too."""
     for capability in (1, 2):
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
