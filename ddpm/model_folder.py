@@ -229,7 +229,7 @@ def _weights_path(folder: Path) -> Path:
             f"{pickled}: is a pickle, which could run any code and is never loaded; save it as safetensors "
             f"(save_pretrained of diffusers does)"
         )
-    raise UserError(f"{path}: not found; this is no model folder, or train was not run")
+    raise UserError(f"{path}: not found; this is not a model folder, or train was not run")
 
 
 def _new_name(name: str) -> str:
@@ -281,9 +281,9 @@ def _read_json(path: Path, kind: type = dict) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; this is no model folder, or train was not run") from None
+        raise UserError(f"{path}: {error}; this is not a model folder, or train was not run") from None
     if not isinstance(value, kind):
-        raise UserError(f"{path}: is no JSON {'object' if kind is dict else 'array'}")
+        raise UserError(f"{path}: is not a JSON {'object' if kind is dict else 'array'}")
     return value
 
 

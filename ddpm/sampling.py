@@ -57,7 +57,7 @@ def chosen_classes(params: Sample, config: UNetConfig, names: Sequence[str]) -> 
     for name in wanted:
         if name not in names:
             allowed = f"known: {', '.join(names[:50])}" if names else "models/ddpm is unconditional; set it to null"
-            raise UserError(f"params.yaml: sample.classes: {name!r} is no class of models/ddpm; {allowed}")
+            raise UserError(f"params.yaml: sample.classes: {name!r} is not a class of models/ddpm; {allowed}")
     return [names.index(name) for name in wanted]
 
 

@@ -351,7 +351,7 @@ def test_a_missing_folder_to_start_from_is_named(tmp_path):
     nowhere = tmp_path / "nowhere"
     with pytest.raises(UserError, match=r"train\.init_from = '.*nowhere': there is no such folder; "):
         train(tmp_path, f"train.init_from={nowhere}")
-    with pytest.raises(UserError, match=r"model\.safetensors: not found; this is no model folder"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not found; this is not a model folder"):
         weights_sha256(nowhere)
 
 

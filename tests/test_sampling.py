@@ -41,11 +41,11 @@ def test_classes_come_in_turn_and_each_sample_depends_on_its_own():
 @pytest.mark.parametrize(
     ("network", "names", "changes", "fault"),
     [
-        (PETS, NAMES, {"classes": ["cow"]}, "sample.classes: 'cow' is no class of models/ddpm; known: cat, dog"),
-        ({"num_class_embeds": 3}, UNKNOWN, {"classes": [3]}, "'3' is no class of models/ddpm; known: 0, 1, 2"),
+        (PETS, NAMES, {"classes": ["cow"]}, "sample.classes: 'cow' is not a class of models/ddpm; known: cat, dog"),
+        ({"num_class_embeds": 3}, UNKNOWN, {"classes": [3]}, "'3' is not a class of models/ddpm; known: 0, 1, 2"),
         ({"num_class_embeds": 3}, UNKNOWN, {"guidance": 2.0}, "guidance = 2: must be 1 .*not learnt to do without"),
         ({"num_class_embeds": 2}, NAMES, {"guidance": 0.5}, "sample.guidance = 0.5: must be 1"),
-        ({}, UNKNOWN, {"classes": ["cat"]}, "'cat' is no class of models/ddpm; models/ddpm is unconditional"),
+        ({}, UNKNOWN, {"classes": ["cat"]}, "'cat' is not a class of models/ddpm; models/ddpm is unconditional"),
         ({}, UNKNOWN, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),
     ],
 )  # fmt: skip
@@ -229,7 +229,7 @@ def test_damaged_moments_are_drawn_again(tmp_path):
     [
         ({"steps": 11}, "^params.yaml: sample.steps = 11: must be from 1 to 10, the timesteps of the model$"),
         ({"variance": "learned"}, "sample.variance = learned: models/ddpm has learned no variance"),
-        ({"classes": ["cat"]}, "'cat' is no class of models/ddpm"),
+        ({"classes": ["cat"]}, "'cat' is not a class of models/ddpm"),
         ({"guidance": 2.0}, "sample.guidance = 2: must be 1"),
         ({"class_frequencies": "data"}, "sample.class_frequencies = data: models/ddpm is unconditional"),
     ],

@@ -65,7 +65,7 @@ def _files(params: Params) -> Faults:
     if Path(init).resolve() == MODEL.resolve():
         yield "train.init_from", "is removed before each training; start from a copy"
     elif not any(Path(init, name).is_file() for name in ("unet/config.json", "config.json")):
-        what = "is no model folder: holds no unet/config.json" if Path(init).is_dir() else "there is no such folder"
+        what = "is not a model folder: holds no unet/config.json" if Path(init).is_dir() else "there is no such folder"
         yield "train.init_from", f"{what}; give a copy of models/ddpm, or a folder that diffusers has saved"
 
 
@@ -102,7 +102,10 @@ def _classes(params: Params, info: Mapping[str, Any]) -> Faults:
     for name in () if wanted is None or not names else map(str, wanted):
         if name not in names:
             known = ", ".join(map(legible, names[:50])) + (", ..." if len(names) > 50 else "")
-            yield "sample.classes", f"{shown(name)} is no class of the data{legible(near(name, names))}; known: {known}"
+            yield (
+                "sample.classes",
+                f"{shown(name)} is not a class of the data{legible(near(name, names))}; known: {known}",
+            )
 
 
 def _costs(params: Params, info: Mapping[str, Any]) -> Faults:

@@ -25,7 +25,7 @@ AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused and nothing is converted: `"3"` is no integer, `3.0` neither."""
+    """Unknown keys are refused and nothing is converted: `"3"` is not an integer, `3.0` neither."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

@@ -43,7 +43,7 @@ def image_files(folder: Path) -> tuple[list[str], int]:
     """The image files below `folder`, as sorted posix paths relative to it, and how many other files are there.
 
     Hidden files and folders, and those that systems make, such as thumbnails, are ignored. A link may name a
-    file inside `folder`; links to folders inside are passed over, since what they hold is found in its own place.
+    file inside `folder`; links to folders inside are skipped, since their files are found in their own place.
 
     Raises:
         UserError: a link leads out of `folder`.

@@ -299,7 +299,7 @@ def _check_names(folder: Path, here: str) -> None:
 
 def _why_missing(folder: Path) -> str:
     if folder.exists():
-        return "is no folder; set dataset.path to the folder with your images"
+        return "is not a folder; set dataset.path to the folder with your images"
     alike = [
         path
         for path in (sorted(folder.parent.iterdir()) if folder.parent.is_dir() else [])

@@ -30,7 +30,7 @@ def faults(*overrides, **changes):
             "train.batch_size = 64: must be a multiple of train.accumulation = 2 x runtime.processes = 3",
         ),
         (("train.init_from=no/where",), "train.init_from = 'no/where': there is no such folder; give a copy of"),
-        (("train.init_from=conf",), "train.init_from = 'conf': is no model folder: holds no unet/config.json; give"),
+        (("train.init_from=conf",), "train.init_from = 'conf': is not a model folder: holds no unet/config.json; give"),
         (("train.init_from=models/ddpm",), "train.init_from = 'models/ddpm': is removed before each training; start"),
         (("train.init_from=./models/../models/ddpm",), "is removed before each training"),
         (
@@ -77,8 +77,8 @@ def test_all_faults_beside_the_data_are_reported_at_once():
         "train.batch_size=99",
     )
     assert [line.split(": ")[1].split(" = ")[0] for line in lines] == ["train.warmup_steps", *["sample.classes"] * 2]
-    assert lines[1].endswith("'cta' is no class of the data (did you mean cat?); known: cat, dog")
-    assert lines[2].endswith("'3' is no class of the data; known: cat, dog")
+    assert lines[1].endswith("'cta' is not a class of the data (did you mean cat?); known: cat, dog")
+    assert lines[2].endswith("'3' is not a class of the data; known: cat, dog")
 
 
 def test_a_conditional_network_needs_classes():

@@ -285,7 +285,7 @@ def test_listing_passes_over_what_systems_make(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (tmp_path / "__MACOSX" / "out").symlink_to("/")  # nobody looks where it leads
+    (tmp_path / "__MACOSX" / "out").symlink_to("/")  # links in such folders are not followed
     assert image_files(tmp_path) == (["cat/a.png", "thumbs/c.png"], 1)
 
 

@@ -20,7 +20,7 @@ def place(tmp_path, monkeypatch):
     [
         ("sample.seed=0", None),
         ("train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 64}]", r"train.transforms.0 \(Ran"),
-        ("sample.classes=[b]", r"sample.classes = \['b'\]: 'b' is no class of the data"),
+        ("sample.classes=[b]", r"sample.classes = \['b'\]: 'b' is not a class of the data"),
     ],
 )
 def test_settings_of_any_stage_that_do_not_fit_the_data_are_refused(override, fault):

@@ -1,4 +1,4 @@
-"""The walk of docs/own-images.md, on a folder of a person's own: every command of the page is run by the real dvc."""
+"""The walk of docs/own-images.md, on a user's own folder: every command of the page is run by the real dvc."""
 
 import hashlib
 import re

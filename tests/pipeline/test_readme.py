@@ -246,7 +246,7 @@ TINY = (
     "-S evaluate.loss_images=2 -S evaluate.loss_bins=1 -S evaluate.bound_images=0 "
     "-S dataset.test_fraction=0.5 -S dataset.image_size=16 -S runtime.threads=1"
 )
-PLACES = {  # what a person replaces by their own
+PLACES = {  # what the reader replaces by their own
     "<address of this repository>": "{parent}/author",
     "<name>": "HEAD",
     "/some/where": "..",

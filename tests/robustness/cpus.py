@@ -127,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not shutil.which("qemu-x86_64"):
         sys.exit("error: qemu-x86_64 is missing: apt-get install qemu-user")
-    code = Path(tempfile.mkdtemp(prefix="cpus-")) / "clone"  # which nobody edits while the slow runs last
+    code = Path(tempfile.mkdtemp(prefix="cpus-")) / "clone"  # which is not edited during the slow runs
     clone(code)
     here, other = run(None, code), 0
     for cpu in arguments.cpus:

@@ -1,4 +1,4 @@
-"""Feed damaged, odd and hostile inputs to what reads a person's files, and odd settings to the samplers: each ends in a
+"""Feed damaged, odd and hostile inputs to what reads a user's files, and odd settings to the samplers: each ends in a
 result or in a reported fault.
 
     python -m tests.robustness.fuzz --examples 5000

@@ -143,7 +143,7 @@ class Ground:
         else:
             name = names[-1]
             if not self.attempt(name, before, kill=False):
-                raise BrokenPromise("a run that nobody killed has failed")
+                raise BrokenPromise("a run that was not killed has failed")
         self.check(name, before)
         self.tally.rounds[name] += 1
 
@@ -372,7 +372,7 @@ def main() -> None:
     if sys.platform != "linux":
         sys.exit("error: needs Linux's /proc")
     folder = Path(tempfile.mkdtemp(prefix="kills-")) / "clone"
-    print(f"in {folder}: first a run that nobody touches", flush=True)
+    print(f"in {folder}: first an undisturbed run", flush=True)
     clone(folder)
     start, env = time.monotonic(), environment(folder)
     run(folder, env, "dvc", "exp", "run", *(part for setting in OVERRIDES for part in ("-S", setting)))

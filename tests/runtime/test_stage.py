@@ -149,7 +149,7 @@ def test_a_stage_dies_with_its_parent(tmp_path, platform):
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 @pytest.mark.parametrize("name", ["exec-run", "repro"])
 def test_a_queued_stage_stops_when_the_worker_is_killed(tmp_path, name):
-    """dvc exp queue-worker starts dvc exp exec-run, which starts the stage; nobody would collect what it makes."""
+    """dvc exp queue-worker starts dvc exp exec-run, which starts the stage; its outputs would not be collected."""
     inner = f"'{sys.executable}' stage.py; true"
     worker = ["sh", "-c", f'sh -c "{inner}" {name}; true']
     body = "print('ready', flush=True); time.sleep(3)"

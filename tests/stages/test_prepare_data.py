@@ -98,7 +98,7 @@ EPOCH = ("train.steps=null", "train.epochs=1")
         (("train.transforms=[{_target_: torchvision.transforms.v2.ConvertImageDtype, dtype: torch.float64}]",),
          ["train.transforms: gives images of float64"]),
         (("model.class_conditional=true", "sample.classes=[3, x]", *EPOCH, "train.warmup_steps=2"),
-         ["train.warmup_steps = 2: longer than the training", "sample.classes = [3, 'x']: 'x' is no class of"]),
+         ["train.warmup_steps = 2: longer than the training", "sample.classes = [3, 'x']: 'x' is not a class of"]),
         (("train.steps=99",), ["train.warmup_steps = 100: longer than the training"]),
         (("train.init_from=nowhere", "evaluate=inception", "evaluate.inception_weights=none.pth"),
          ["evaluate.inception_weights = 'none.pth': there is no such file", "train.init_from = 'nowhere': there"]),
