@@ -334,7 +334,7 @@ UNREADABLE = {
     "wrong date": "train: !!timestamp 2020-13-45\n",
     "reference to nothing": "train: ${nothing}\n",
     "holds itself": "train: &x [*x]\n",
-    "too deep": "[" * 1500,
+    "too deep": "[" * 600,
     "object": "train: !!python/object/apply:os.system ['exit 1']\n",
     "left open": (ROOT / "params.yaml").read_text().replace("path: requirements.txt", "path: ???"),
 }

@@ -153,7 +153,7 @@ def configurations(draw):
     )
 
 
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=10)
 @given(configurations())
 def test_every_network_starts_at_zero_and_learns_everywhere(config):
     unet, generator = UNet(config), torch.Generator().manual_seed(0)
