@@ -76,7 +76,7 @@ def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = No
         setup = set_up(p, design, device, len(images))
         tracker = Turns(None, p.tracking, {}, "benchmark", "train")
         split = Images(images, np.zeros(len(images), np.int64))
-        return Training(setup, p.train, split, tracker, state).run()
+        return Training(setup, p.train, split, split, tracker, state).run()[p.train.ema_widths[0]]
 
 
 def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:

@@ -23,9 +23,10 @@ def main(params: "Params") -> None:
 
     samples, data = files.load_array(SAMPLES, "sample", "uint8", 4), Prepared(DATA)
     data.verify()
-    model, run_id = model_folder.load_model(MODEL), model_folder.training_run(MODEL)
+    width, run_id = params.sample.ema_width, model_folder.training_run(MODEL)
+    model = model_folder.load_model(MODEL, width)
     classes = Classes(model.classes, model_folder.class_counts(MODEL))
-    inputs = {"weights": model_folder.weights_sha256(MODEL), "class_counts": classes.counts}
+    inputs = {"weights": model_folder.weights_sha256(MODEL, width), "class_counts": classes.counts}
     inputs |= {"data": data.info["sha256"], "samples": files.sha256(samples)}
     with open_run("evaluate", params, inputs, memory_advice=ADVICE, run_id=run_id) as run:
         diffusion = place(model, params.runtime, run.device)

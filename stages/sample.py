@@ -18,9 +18,9 @@ def main(params: "Params") -> None:
     from ddpm.runtime import processes
     from ddpm.runtime.run import open_run
 
-    p, model = params.sample, model_folder.load_model(MODEL)
+    p, model = params.sample, model_folder.load_model(MODEL, params.sample.ema_width)
     classes = sampling.Classes(model.classes, model_folder.class_counts(MODEL))
-    inputs = {"weights": model_folder.weights_sha256(MODEL), "class_counts": classes.counts}
+    inputs = {"weights": model_folder.weights_sha256(MODEL, p.ema_width), "class_counts": classes.counts}
     run_id = model_folder.training_run(MODEL)
     with open_run("sample", params, inputs, memory_advice="lower sample.batch_size", run_id=run_id) as run:
         diffusion = sampling.place(model, params.runtime, run.device)

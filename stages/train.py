@@ -27,13 +27,13 @@ def main(params: "Params") -> None:
     with open_run("train", params, inputs, memory_advice=loop.MEMORY_ADVICE, curves=RESULTS) as run:
         design = setup.design(params, data.info)
         ready = setup.set_up(params, design, run.device, len(data.train.images))
-        training = loop.Training(ready, p, data.train, run.tracker, run.state)
-        averaged = training.run()
+        averages = (training := loop.Training(ready, p, data.train, data.test, run.tracker, run.state)).run()
         run.check_unchanged(data.changed(), DATA)
 
         if processes.rank() == 0:  # the pictures were kept with the state: DVC empties results/ when a run is resumed
             files.copy_files(training.pictures, RESULTS / "pictures")
-            model_folder.save_model(MODEL, averaged, design.diffusion, run.provenance, design.classes)
+            first = averages.pop(p.ema_widths[0])
+            model_folder.save_model(MODEL, first, design.diffusion, run.provenance, design.classes, averages)
 
 
 if __name__ == "__main__":

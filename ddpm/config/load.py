@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from ddpm.config.checks import Faults, fault_lines, setting_faults
 from ddpm.config.schema import Params
 from ddpm.config.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, near, shown, target_faults
-from ddpm.core.schedules import schedule_faults
+from ddpm.core.schedules import crosses_zero, schedule_faults
 from ddpm.errors import UserError
 
 RENAMED = {
+    "train.ema_decay": "train.ema_widths",
     "train.log_every": "train.log_every_steps",
     "train.sample_every": "train.preview_every_epochs",
     "train.save_every": "train.save_every_seconds",
@@ -181,7 +182,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _cross_section_faults(params: Params) -> Faults:
-    for rule in (_used, _paths, _network, _processes, _schedule, _sampling, _classes, _evaluation):
+    for rule in (_used, _paths, _network, _processes, _schedule, _levels, _averages, _sampling, _classes, _evaluation):
         yield from rule(params)
 
 
@@ -254,6 +255,28 @@ def _schedule(params: Params) -> Faults:
     p = params.diffusion
     for name, message in schedule_faults(p.timesteps, p.schedule, p.beta_start, p.beta_end):
         yield f"diffusion.{name}", message
+
+
+def _levels(params: Params) -> Faults:
+    levels, width, p = params.train.noise_levels, params.train.noise_levels_width, params.diffusion
+    if levels == "uniform" and width is not None:
+        yield "train.noise_levels_width", "has no effect where train.noise_levels = 'uniform'; set it to null"
+    if levels != "uniform" and width is None:
+        yield "train.noise_levels_width", f"train.noise_levels = {levels!r} needs one; 2 is usual"
+    if levels != "uniform" and not crosses_zero(p.timesteps, p.schedule, p.beta_start, p.beta_end):
+        yield (
+            "train.noise_levels",
+            "needs a schedule whose log SNR crosses 0; set it to uniform, raise diffusion.beta_end, or use "
+            "diffusion=cosine",
+        )
+
+
+def _averages(params: Params) -> Faults:
+    widths, chosen = params.train.ema_widths, params.sample.ema_width
+    if len(set(widths)) < len(widths):
+        yield "train.ema_widths", "names a width twice"
+    if chosen is not None and chosen not in widths:
+        yield "sample.ema_width", f"must be one of train.ema_widths = {widths}, or null for the first"
 
 
 def _sampling(params: Params) -> Faults:

@@ -129,16 +129,22 @@ class Train(Section):
     workers: Annotated[int, Field(ge=0, le=256)]
     warmup_steps: Annotated[int, Field(ge=0)]
     grad_clip: Annotated[float, Field(gt=0)] | None
-    ema_decay: Probability
+    ema_widths: Annotated[list[Annotated[float, Field(ge=0, le=0.28)]], Field(min_length=1, max_length=8)]
     flip: bool
     transforms: list[dict[str, Any]]
     precision: Literal["auto", "fp32", "bf16"]
     channels_last: AutoBool
     compile: AutoBool
     activation_checkpointing: bool
+    noise_levels: Literal["uniform", "normal", "laplace"]
+    noise_levels_width: Annotated[float, Field(ge=0.1, le=100)] | None
+    stratified: bool
+    noise_coupling: Literal["independent", "assigned"]
     weighting: Literal["simple", "min_snr"]
     label_dropout: Literal["auto"] | float
     log_every_steps: Count
+    held_out_every_epochs: Count
+    keep: Literal["last", "best"]
     preview_every_epochs: Annotated[int, Field(ge=0)]
     save_every_seconds: Annotated[float, Field(gt=0)]
 
@@ -178,6 +184,7 @@ class Sample(Section):
     classes: Annotated[list[str | int], Field(min_length=1)] | None
     class_frequencies: Literal["equal", "data"]
     guidance: Annotated[float, Field(ge=0, le=1000)]
+    ema_width: Annotated[float, Field(ge=0, le=0.28)] | None
     grid: Count
 
 

@@ -129,6 +129,18 @@ def mean(values: "Tensor") -> "Tensor":
     return values
 
 
+def gathered(values: "Tensor") -> "Tensor":
+    """The rows of a tensor in the CPU's memory, those of all processes in their order; each has as many."""
+    if size() == 1:
+        return values
+    import torch
+    import torch.distributed as dist
+
+    everything = torch.empty(size() * len(values), *values.shape[1:], dtype=values.dtype)
+    dist.all_gather_into_tensor(everything, values.contiguous())
+    return everything
+
+
 def any_process(here: bool) -> bool:
     """Whether `here` holds in any process. Each waits for all."""
     if size() == 1:

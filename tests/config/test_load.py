@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import subprocess
 import sys
 import time
@@ -174,6 +175,7 @@ def test_a_schedule_whose_tables_fail_is_refused_before_any_work(schedule, times
     tree = changed(diffusion__timesteps=timesteps, diffusion__schedule=schedule, sample__steps=2)
     if schedule != "cosine":  # which has none
         tree["diffusion"] |= {"beta_start": betas[0], "beta_end": betas[1]}
+    tree["train"] |= {"noise_levels": "uniform", "noise_levels_width": None}  # others want one that crosses 0
     try:
         GaussianDiffusion(DiffusionConfig(timesteps, schedule, "epsilon", *betas))
     except ValueError:
@@ -212,7 +214,11 @@ def test_an_unknown_target_is_answered_with_the_allowed_ones():
 
 
 def test_an_unknown_argument_is_answered_with_the_allowed_ones():
-    line = only_fault(optimizer__momentum=0.9)
+    line = only_fault(optimizer__rho=0.9)
+    assert line.startswith(
+        "params.yaml: optimizer.rho = 0.9: Muon has no such argument; its arguments are lr, momentum, betas"
+    )
+    line = only_fault(optimizer={"_target_": "torch.optim.Adam", "lr": 0.1, "momentum": 0.9})
     assert line.startswith(
         "params.yaml: optimizer.momentum = 0.9: Adam has no such argument; its arguments are lr, betas"
     )
@@ -280,11 +286,46 @@ def test_a_conditional_network_alone_learns_to_do_without_a_label():
     assert check(changed(model__class_conditional=True, train__label_dropout=0)).train.hidden_labels == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"train__noise_levels": "uniform", "train__noise_levels_width": 2.0},
+            "train.noise_levels_width = 2.0: has no effect where train.noise_levels",
+        ),
+        (
+            {"train__noise_levels": "normal", "train__noise_levels_width": None},
+            "train.noise_levels_width = None: train.noise_levels = 'normal' needs one",
+        ),
+        (
+            {
+                "train__noise_levels": "laplace",
+                "train__noise_levels_width": 1.0,
+                "diffusion__schedule": "linear",
+                "diffusion__timesteps": 10,
+                "diffusion__beta_start": 1e-4,
+                "diffusion__beta_end": 0.02,
+                "sample__steps": 10,
+            },
+            "train.noise_levels = 'laplace': needs a schedule whose log SNR crosses 0",
+        ),
+        ({"train__ema_widths": [0.1, 0.1]}, "train.ema_widths = [0.1, 0.1]: names a width twice"),
+        ({"train__ema_widths": []}, "train.ema_widths = []: "),
+        ({"train__ema_widths": [0.3]}, "train.ema_widths.0 = 0.3: should be less than or equal to 0.28"),
+        ({"sample__ema_width": 0.03}, "sample.ema_width = 0.03: must be one of train.ema_widths = [0.1, 0.0]"),
+        ({"train__held_out_every_epochs": 0}, "train.held_out_every_epochs = 0: should be greater than"),
+    ],
+)
+def test_noise_levels_and_averages_that_cannot_be_are_refused(changes, fault):
+    (line,) = faults(changed(**changes))
+    assert line.startswith(f"params.yaml: {fault}")
+
+
 def test_a_fault_stays_on_one_short_line_whatever_key_and_value_hold():
     for tree in (changed(**{"train__a\nb\x1b[31m": "c\nd"}), changed(**{"optimizer__a\nb\u2028": [1] * 10_000})):
         (line,) = faults(tree)
         assert line.isprintable()
-        assert len(line) < 400
+        assert len(line) < 450
     assert "a number too long to show" in only_fault(train__seed=16**5000)
 
 
@@ -296,7 +337,7 @@ def write(path, text):
 def test_short_and_long_exponents_are_both_numbers(tmp_path):
     text = (ROOT / "params.yaml").read_text()
     for number in ("2e-3", "2.0e-3", "0.002"):
-        path = write(tmp_path / "params.yaml", text.replace("lr: 0.002", f"lr: {number}"))
+        path = write(tmp_path / "params.yaml", re.sub(r"lr: [\d.]+", f"lr: {number}", text))
         assert load_params(("optimizer",), path).optimizer.lr == 2e-3
 
 

@@ -301,6 +301,10 @@ VERIFIED = {
     "dvc exp run -S 'train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 1}]'": (
         Verified(TRAIN, after=has_param("train", "transforms", [CROP]))
     ),
+    "dvc exp run -S train.keep=best": Verified(TRAIN, after=has_param("train", "keep", "best")),
+    "dvc exp run -S sample.ema_width=0": Verified(
+        f"{SMOKE} -S train.steps=4 -S train.warmup_steps=0 sample", after=has_param("sample", "ema_width", 0)
+    ),
     "cp -r models/ddpm /some/where/base": Verified(),
     "dvc exp run -S train.init_from=/some/where/base": Verified(
         TRAIN, after=has_param("train", "init_from", "../base")

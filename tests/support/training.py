@@ -38,7 +38,7 @@ class Curves(Tracker):
 
     def log(self, step: int, metrics: dict[str, float], machine: dict[str, float] | None = None) -> None:
         super().log(step, metrics, machine)
-        self.logged[step] = metrics
+        self.logged[step] = self.logged.get(step, {}) | metrics
         if step == self.stop_at and machine is not None:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -49,7 +49,13 @@ class Curves(Tracker):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(
+def train(folder: Path, *overrides: str, **options: Any) -> tuple[UNet, Curves]:
+    """As `train_all`: the first average, and what was recorded."""
+    averages, tracker = train_all(folder, *overrides, **options)
+    return next(iter(averages.values())), tracker
+
+
+def train_all(
     folder: Path,
     *overrides: str,
     images: np.ndarray = IMAGES,
@@ -58,13 +64,15 @@ def train(
     name: str = "run",
     network: dict[str, Any] | None = None,
     learn_variance: bool = False,
-) -> tuple[UNet, Curves]:
-    """Train 12 steps, or as the overrides say: the EMA network, and what was recorded.
+    held_out_images: np.ndarray | None = None,
+) -> tuple[dict[float, UNet], Curves]:
+    """Train 12 steps, or as the overrides say: the averages by their widths, and what was recorded.
 
     Args:
         folder: the curves are in its folder `name`, the state in state-`name`.
         stop_at: the step after whose record SIGTERM is sent.
         network: changes to `small_unet`.
+        held_out_images: None: `images`.
     """
     params = check(
         composed(
@@ -82,8 +90,14 @@ def train(
     setup = set_up(params, design, torch.device(device), len(images))
     tracker = Curves(folder / name, stop_at)
     with ResumeState(folder / f"state-{name}") as state:
-        model = Training(setup, params.train, Images(images, np.arange(len(images)) % 2), tracker, state).run()
-    return model, tracker
+        splits = split_of(images), split_of(images if held_out_images is None else held_out_images)
+        averages = Training(setup, params.train, *splits, tracker, state).run()
+    return averages, tracker
+
+
+def split_of(images: np.ndarray) -> Images:
+    """A split of two classes that alternate."""
+    return Images(images, np.arange(len(images)) % 2)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

@@ -18,26 +18,56 @@ from ddpm.data.batches import as_tensor
 from ddpm.errors import UserError
 from ddpm.runtime.resume import ResumeState
 from ddpm.runtime.signals import Interrupted
-from ddpm.training import loop
+from ddpm.training import held_out, loop
 from tests.conftest import composed, small_unet
-from tests.support.training import IMAGES, NAMES, SHALLOW, TWO_CLASSES, same, train
+from tests.support.training import IMAGES, NAMES, SHALLOW, TWO_CLASSES, same, split_of, train, train_all
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 STILL = SHALLOW | {"dropout": 0.0}
 run = partial(train, network=SHALLOW)
 
 
+RECIPE = (  # every knob that keeps something of its own from step to step, or draws
+    "optimizer=muon",
+    "train.ema_widths=[0.1,0.05,0]",
+    "train.held_out_every_epochs=1",
+    "train.keep=best",
+    "train.noise_coupling=assigned",
+    "train.noise_levels=normal",
+    "train.noise_levels_width=2.0",
+)
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_draws(monkeypatch):
+    monkeypatch.setattr(held_out, "DRAWS", 8)
+
+
 @pytest.fixture
 def previews_at_will(monkeypatch):
-    """As often as preview_every_epochs says: the images of these tests are too few for the bound."""
-    monkeypatch.setattr(loop, "epochs_per_preview", lambda preview_every_epochs, epoch, whole: preview_every_epochs)
+    """As often as the settings say: the images of these tests are too few for the bound."""
+    monkeypatch.setattr(loop, "epochs_between", lambda asked, evaluations, share, epoch, whole: asked)
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """The images, timesteps and noise (x0, t, noise) of each training step, in order."""
+    seen, original = [], GaussianDiffusion.losses
+
+    def losses(self, model, x0, t, noise, *rest):
+        if torch.is_grad_enabled():  # not for the held-out loss
+            seen.append((x0, t, noise))
+        return original(self, model, x0, t, noise, *rest)
+
+    monkeypatch.setattr(GaussianDiffusion, "losses", losses)
+    return seen
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("network", [{}, SHALLOW | TWO_CLASSES])
+@pytest.mark.parametrize(("network", "recipe"), [({}, ()), (SHALLOW | TWO_CLASSES, RECIPE)], ids=["plain", "recipe"])
 @pytest.mark.usefixtures("previews_at_will")
-def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network):
-    changes = ("train.flip=true", "train.preview_every_epochs=2")
+def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network, recipe):
+    changes = ("train.flip=true", "train.preview_every_epochs=2", *recipe)
     whole, curves = run(tmp_path, *changes, device=device, network=network)
     for stop_at in (3, 9, 10):  # 10: with one of the three values of the next point of the curves
         with pytest.raises(Interrupted):
@@ -45,7 +75,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network):
         resumed, replayed = run(tmp_path, *changes, device=device, name=f"cut-{stop_at}", network=network)
         assert same(whole, resumed)
         assert replayed.logged == curves.logged
-        for name in ("loss", "learning_rate", "grad_norm"):
+        for name in ("loss", "learning_rate", "grad_norm", *held_out.NAMES):
             file = f"plots/metrics/{name}.tsv"
             assert (tmp_path / "run" / file).read_bytes() == (tmp_path / f"cut-{stop_at}" / file).read_bytes()
 
@@ -192,8 +222,8 @@ def test_with_a_learned_variance_the_curve_is_the_simple_loss(tmp_path):
     twice = STILL | {"out_channels": 2}
     _, hybrid = run(tmp_path, "train.steps=3", name="hybrid", network=twice, learn_variance=True)
     before, after = plain.logged[3], hybrid.logged[3]
-    assert set(before) == {"loss", "grad_norm", "learning_rate"}
-    assert set(after) == {"loss", "bound_loss", "grad_norm", "learning_rate"}
+    assert set(after) == set(before) | {"bound_loss"}
+    assert set(before) == {"loss", "grad_norm", "learning_rate", *held_out.NAMES}
     assert 0 < after["bound_loss"] < 10
     assert 0.3 < after["loss"] < 1.5  # that of a network which has learnt nothing; the objective is far above it
 
@@ -233,7 +263,9 @@ def test_epochs_are_counted_in_whole_batches(tmp_path):
 def test_previews_take_a_quarter_of_the_time_at_most(settings, images, epochs):
     p = check(composed(*settings)).train
     epoch = steps_per_epoch(images, p.batch_size) * p.batch_size
-    assert loop.epochs_per_preview(p.preview_every_epochs, epoch, p.steps * p.batch_size) == epochs
+    evaluations = loop.PREVIEW_IMAGES * loop.PREVIEW_STEPS
+    every = loop.epochs_between(p.preview_every_epochs, evaluations, 0.25, epoch, p.steps * p.batch_size)
+    assert every == epochs
 
 
 @pytest.mark.parametrize("size", [1, 47])
@@ -249,17 +281,14 @@ def test_a_folder_smaller_than_a_batch_is_trained_on(tmp_path, size, capsys):
     assert same(whole, run(tmp_path, *settings, images=images, name="cut")[0])
 
 
-def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, monkeypatch):
+def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, trained_on):
     """ToDtype with scale, which once trained on [0, 1] as if it were [-1, 1]."""
-    seen, inputs = [], []
-    original = GaussianDiffusion.losses
-    monkeypatch.setattr(
-        GaussianDiffusion, "losses", lambda self, m, x0, *rest: (seen.append(x0), original(self, m, x0, *rest))[1]
-    )
+    inputs = []
     node = "{_target_: torchvision.transforms.v2.ToDtype, dtype: torch.float32, scale: true}"
     for name, transforms in (("pixels", "[]"), ("floats", f"[{node}]")):
         run(tmp_path, f"train.transforms={transforms}", "train.steps=3", name=name)
         inputs.append((tmp_path / f"state-{name}/pictures/inputs.png").read_bytes())
+    seen = [x0 for x0, *_ in trained_on]
     for pixels, floats in zip(seen[:3], seen[3:], strict=True):
         assert floats.min() < -0.9
         torch.testing.assert_close(pixels, floats)
@@ -267,29 +296,19 @@ def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, monk
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch, flip):
-    seen = []
+def test_flips_mirror_about_half_of_the_images(tmp_path, trained_on, flip):
     images = np.zeros((40, 8, 8, 1), dtype=np.uint8)
     images[:, :, 0] = 255  # the left column is white
-    original = GaussianDiffusion.losses
-    monkeypatch.setattr(
-        GaussianDiffusion, "losses", lambda self, m, x0, *rest: (seen.append(x0), original(self, m, x0, *rest))[1]
-    )
     run(tmp_path, f"train.flip={flip}", images=images)
-    left = torch.cat(seen)[:, 0, :, 0].eq(1).all(dim=1).float().mean().item()
+    left = torch.cat([x0 for x0, *_ in trained_on])[:, 0, :, 0].eq(1).all(dim=1).float().mean().item()
     assert 0.3 < left < 0.7 if flip else left == 1.0
 
 
-def test_timesteps_are_uniform_and_noise_is_normal_at_every_step(tmp_path, monkeypatch):
-    seen = []
-    original = GaussianDiffusion.losses
-    monkeypatch.setattr(
-        GaussianDiffusion,
-        "losses",
-        lambda self, m, x0, t, noise, *rest: (seen.append((t, noise)), original(self, m, x0, t, noise, *rest))[1],
-    )
-    run(tmp_path, "train.steps=50", "train.batch_size=32", images=np.tile(IMAGES, (2, 1, 1, 1)))
-    t, noise = torch.cat([t for t, _ in seen]), torch.stack([noise for _, noise in seen]).double()
+def test_timesteps_are_uniform_and_noise_is_normal_at_every_step(tmp_path, trained_on):
+    uniform = ("train.noise_levels=uniform", "train.noise_levels_width=null", "train.stratified=false")
+    run(tmp_path, "train.steps=50", "train.batch_size=32", *uniform, images=np.tile(IMAGES, (2, 1, 1, 1)))
+    t = torch.cat([t for _, t, _ in trained_on])
+    noise = torch.stack([noise for *_, noise in trained_on]).double()
     counts = torch.bincount(t, minlength=50)
     assert len(counts) == 50  # 0 ... T-1
     assert counts.min() > 10  # 32 are expected, with a standard deviation of 6
@@ -305,7 +324,7 @@ def test_every_precision_trains(tmp_path, device, precision):
     assert all(math.isfinite(metrics["loss"]) for metrics in curves.logged.values())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon", "sgd"])
 def test_every_optimizer_group_trains(tmp_path, optimizer):
     run(tmp_path, f"optimizer={optimizer}", "train.steps=3")
 
@@ -335,6 +354,30 @@ def test_a_value_that_torch_refuses_is_reported_with_its_setting(tmp_path):
         run(tmp_path, "optimizer=sgd", "optimizer.momentum=0.0", "optimizer.nesterov=true")
     with pytest.raises(UserError, match=r"params.yaml: lr_schedule: torch.optim.lr_scheduler.LinearLR: "):
         run(tmp_path, "lr_schedule=linear", "lr_schedule.start_factor=5.0")
+
+
+def test_each_width_is_an_average_of_its_own_and_zero_is_the_network(tmp_path):
+    averages, _ = train_all(tmp_path, "train.ema_widths=[0,0.05,0.2]")
+    live, short, long = (torch.cat([p.flatten() for p in model.parameters()]) for model in averages.values())
+    assert 0 < (short - live).norm() < (long - live).norm()
+
+
+@pytest.mark.usefixtures("previews_at_will")
+def test_the_best_weights_are_those_of_the_least_held_out_loss(tmp_path, capsys):
+    changes = ("train.held_out_every_epochs=1", "train.steps=30", "train.ema_widths=[0.1,0]")
+    opposites = {"images": IMAGES // 4, "held_out_images": 255 - IMAGES // 4}  # what helps with dark ones, then hurts
+    last, curves = train_all(tmp_path, *changes, name="last", **opposites)
+    points = {step: values["held_out_loss"] for step, values in curves.logged.items() if "held_out_loss" in values}
+    assert list(points) == [5, 10, 15, 20, 25, 30]
+    best = min(points, key=lambda step: points[step])
+    assert best < 30
+    kept, _ = train_all(tmp_path, *changes, "train.keep=best", name="best", **opposites)
+    assert f"kept the averages of step {best}, with the least held-out loss" in capsys.readouterr().out
+    assert not any(same(last[width], kept[width]) for width in (0.1, 0.0))
+    measure = held_out.HeldOutLoss(
+        split_of(opposites["held_out_images"]), GaussianDiffusion(DiffusionConfig(50, "cosine", "v")), 0, 8
+    )
+    assert measure(kept[0.1])["held_out_loss"] == points[best]
 
 
 @pytest.mark.usefixtures("previews_at_will")
