@@ -2,11 +2,15 @@
 VENV ?= .venv
 PYTHON ?= python3
 REV ?=
-OUT ?= curves.png
+OUT ?=
 CLEAN ?=
 ADOPT ?=
+BY ?=
+METRIC ?=
+P ?=
+RUNS ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps verdict states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -71,10 +75,14 @@ plots: $(VENV)/.run ## Write the page of curves and pictures; REV="main other" c
 	dvc plots $(if $(REV),diff $(REV),show) --html-template .dvc/tmp/page.html --out dvc_plots
 
 curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
-	python -m tools.curves $(OUT) $(REV)
+	python -m tools.curves $(or $(OUT),curves.png) $(REV)
 
-exps: $(VENV)/.run ## Show the experiments: what was changed, how good the samples are, what failed
-	python -m tools.exps
+exps: $(VENV)/.run ## Show the experiments, seeds together; BY=<parameter> draws, P=1 adds p-values, RUNS=1 parts the seeds
+	python -m tools.exps $(if $(BY),--by '$(BY)') $(if $(METRIC),--metric $(METRIC)) $(if $(P),--p) $(if $(RUNS),--runs) \
+	    $(if $(OUT),--out '$(OUT)')
+
+verdict: $(VENV)/.run ## Is B better than A? REV="A B" are commits or experiments; METRIC=<name> asks for another number
+	python -m tools.verdict $(REV) $(if $(METRIC),--metric $(METRIC))
 
 states: $(VENV)/.run ## Show the states of unfinished runs; CLEAN=1 deletes them, ADOPT=<name> gives one to today's code
 	python -m tools.states $(if $(CLEAN),--clean) $(if $(ADOPT),--adopt $(ADOPT))

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from ddpm.runtime.imports import stage_files
 from tests.conftest import ROOT
-from tools import curves, deps, exps, folder, params, plots_page, sizes
+from tools import curves, deps, folder, params, plots_page, sizes
 
 GRAPH = """\
 # a comment
@@ -129,18 +129,6 @@ def test_no_committed_file_is_above_one_megabyte():
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     done = subprocess.run([sys.executable, "-m", "tools.sizes", *names.split("\0")[:-1]], cwd=ROOT, check=False)
     assert done.returncode == 0
-
-
-def test_a_row_of_a_failed_trial_shows_no_numbers():
-    row = {"State": "Failed", "loss": 1.0}
-    assert exps.number(row, "loss") is None
-    assert exps.number(row | {"State": "Success"}, "loss") == 1.0
-    assert exps.number({"State": None, "loss": "-"}, "loss") is None
-
-
-def test_a_parameter_is_shown_in_few_characters():
-    assert exps.shown("optimizer._target_", "torch.optim.RMSprop") == "RMSprop"
-    assert [exps.shown("x", value) for value in (1e-5, None, [3, 8])] == ["1e-05", "-", "[3, 8]"]
 
 
 @pytest.mark.process
