@@ -70,9 +70,8 @@ lint: $(VENV)/.dev ## ruff and mypy
 	ruff format --check .
 	mypy
 
-plots: $(VENV)/.run ## Write the page of curves and pictures; REV="main other" compares revisions
-	python -m tools.plots_page .dvc/tmp/page.html
-	dvc plots $(if $(REV),diff $(REV),show) --html-template .dvc/tmp/page.html --out dvc_plots
+plots: $(VENV)/.run ## Write the page of numbers, curves and pictures; REV="main a b" compares revisions
+	python -m tools.plots_page dvc_plots $(REV)
 
 curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
 	python -m tools.curves $(or $(OUT),curves.png) $(REV)

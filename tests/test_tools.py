@@ -1,5 +1,6 @@
 """What `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -104,8 +105,9 @@ def test_stale_params_are_refused_by_check_and_mended_without(tmp_path, monkeypa
 
 def test_the_plots_page_loads_nothing_from_an_address():
     template = (ROOT / plots_page.PAGE).read_text(encoding="utf-8")
-    page = plots_page.page(template)
-    assert "{scripts}" in template and "{scripts}" not in page
+    page = plots_page.page(template, {"numbers": "</script>"})
+    assert "{scripts}" in template and "{scripts}" not in page and "{facts}" not in page
+    assert json.loads(re.search('id="facts">(.*?)</script>', page)[1]) == {"numbers": "</script>"}
     assert "vegaEmbed" in page and "<script src" not in page
 
 

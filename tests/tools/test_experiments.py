@@ -68,4 +68,4 @@ def test_numbers_on_two_scales_are_not_comparable():
 
 def test_a_parameter_is_shown_in_few_characters():
     assert shown("optimizer._target_", "torch.optim.RMSprop") == "RMSprop"
-    assert [shown("x", value) for value in (1e-5, None, [3, 8])] == ["1e-05", "-", "[3, 8]"]
+    assert [shown("x", value) for value in (1e-5, None, [3, 8], True)] == ["1e-05", "-", "[3, 8]", "true"]

@@ -1,5 +1,6 @@
 """The experiments of a repository: their parameters, numbers and code, and the groups that differ in seeds alone."""
 
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -201,4 +202,6 @@ def shown(name: str, value: Any) -> str:
     """A parameter in few characters: of a `_target_` the class alone."""
     if name.endswith("_target_"):
         return str(value).rpartition(".")[2]
+    if isinstance(value, bool | list):
+        return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)
