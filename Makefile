@@ -4,13 +4,15 @@ PYTHON ?= python3
 REV ?=
 OUT ?=
 CLEAN ?=
+ONLY ?=
+CLASS ?=
 ADOPT ?=
 BY ?=
 METRIC ?=
 P ?=
 RUNS ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps verdict states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots images curves exps verdict states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -72,6 +74,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 plots: $(VENV)/.run ## Write the page of numbers, curves and pictures; REV="main a b" compares revisions
 	python -m tools.plots_page dvc_plots $(REV)
+
+images: $(VENV)/.run ## Write samples as PNG files: REV=<name>, of ONLY="0 5 10-19" or CLASS="cat dog", into OUT
+	python -m tools.images $(if $(REV),'$(REV)') --only '$(ONLY)' --classes '$(CLASS)' --out '$(OUT)'
 
 curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
 	python -m tools.curves $(or $(OUT),curves.png) $(REV)
