@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.errors import UserError
+from ddpm.runtime import gpus
 from ddpm.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def launch(runtime: "Runtime") -> None:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # faults are reported below, in one line
     count = runtime.processes or max(1, torch.cuda.device_count())
+    if runtime.device != "cpu" and (places := gpus.take(gpus.names(), count)):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.visible(places, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threads = runtime.threads or max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     module = sys.modules["__main__"].__spec__
