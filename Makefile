@@ -11,8 +11,9 @@ BY ?=
 METRIC ?=
 P ?=
 RUNS ?=
+SEARCH ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots images curves exps verdict states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -87,6 +88,9 @@ exps: $(VENV)/.run ## Show the experiments, seeds together; BY=<parameter> draws
 
 verdict: $(VENV)/.run ## Is B better than A? REV="A B" are commits or experiments; METRIC=<name> asks for another number
 	python -m tools.verdict $(REV) $(if $(METRIC),--metric $(METRIC))
+
+search: $(VENV)/.run ## Search conf/search/<SEARCH>.yaml by Optuna; again resumes; ADOPT=<worker> takes over what a lost one began
+	python -m tools.search $(or $(SEARCH),default) $(if $(ADOPT),--adopt $(ADOPT))
 
 states: $(VENV)/.run ## Show the states of unfinished runs; CLEAN=1 deletes them, ADOPT=<name> gives one to today's code
 	python -m tools.states $(if $(CLEAN),--clean) $(if $(ADOPT),--adopt $(ADOPT))

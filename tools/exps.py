@@ -82,7 +82,7 @@ def notes(base: Run, groups: Sequence[Group], others: Sequence[Run], varied: Seq
     """What all experiments share, what may not be concluded, and where to read why one failed."""
     lines, trials = [], [run for group in groups for run in group.runs if run is not base] + list(others)
     first = trials[0].params if trials else {}
-    shared = [name for name in differing([base.params, first]) if name not in varied] if trials else []
+    shared = [name for name in differing([base.params, first]) if name not in (*varied, *SEEDS)] if trials else []
     if shared:
         changes = (f"{name}={shown(name, first.get(name))} ({shown(name, base.params.get(name))})" for name in shared)
         lines.append(f"In all of them, and not in {base.name}: {', '.join(changes)}")
@@ -137,10 +137,7 @@ def main() -> None:
         check_by(asked.by, groups)
         groups.sort(key=lambda group: sort_key(group.params.get(asked.by)))
     rows: list[Group | Run] = [*groups, *others]
-    trees = [row.runs[0].params if asked.runs else row.params for row in groups] + [row.params for row in others]
-    varied = [name for name in differing([tree for tree in trees if tree]) if asked.runs or name not in SEEDS]
-    if asked.by:
-        varied = [asked.by, *(name for name in varied if name != asked.by)]
+    varied = varied_in(rows, base, asked)
     # a file or a pipe has no edge: no number may be cut there
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     console.print(table(base, rows, varied, asked.metric, asked.p))
@@ -150,6 +147,19 @@ def main() -> None:
         path = Path(asked.out)
         by_parameter(path, groups, asked.by, asked.metric, [name for name in varied if name != asked.by])
         console.print(f"{METRICS[asked.metric].heading} against {asked.by}: {path}", markup=False, soft_wrap=True)
+
+
+def varied_in(rows: Sequence[Group | Run], base: Run, asked: argparse.Namespace) -> list[str]:
+    """The parameters with a column: those in which the rows differ, apart from the base where it is a row of its own.
+
+    What only the base has otherwise is in a note. With one row besides, that row is compared with the base.
+    """
+    trials = [row for row in rows if not isinstance(row, Group) or row.runs != (base,)]
+    trees = [
+        row.runs[0].params if isinstance(row, Group) else row.params for row in (trials if len(trials) > 1 else rows)
+    ]
+    names = [name for name in differing([tree for tree in trees if tree]) if asked.runs or name not in SEEDS]
+    return [asked.by, *(name for name in names if name != asked.by)] if asked.by else names
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
