@@ -48,8 +48,9 @@ test-pipeline: $(VENV)/.dev ## Of the suite, the tests that drive dvc in a clone
 test-slow: $(VENV)/.dev ## The tests that take longer
 	pytest -m slow
 
-test-remote: $(VENV)/.remote ## Push to and pull from real SSH and S3 servers, started on this machine
+test-remote: $(VENV)/.remote ## The tests against real servers, started on this machine: SSH, S3, PostgreSQL
 	@PATH="$$PATH:/usr/sbin"; command -v sshd >/dev/null || { echo "sshd is missing: apt-get install openssh-server"; exit 1; }
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { echo "PostgreSQL is missing: apt-get install postgresql"; exit 1; }
 	pytest -m remote
 
 bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/

@@ -138,6 +138,11 @@ def slow_trial(clone: Clone) -> None:
     clone.run("git", "restore", ".")
 
 
+def another_rate(clone: Clone) -> None:
+    clone.dvc("exp", "run", "-n", "rate", *OVERRIDES, "-S", "optimizer.lr=1e-3", "prepare_data")
+    clone.run("git", "restore", ".")
+
+
 def two_are_queued(clone: Clone, printed: str) -> None:
     assert "optimizer=adam" in printed and "optimizer=sgd" in printed
     assert clone.dvc("queue", "status").count("Queued") == 2
@@ -282,6 +287,24 @@ VERIFIED = {
         slow=True,
     ),
     "make exps": Verified(INSTALLED, after=contains("Fréchet")),
+    "make exps BY=optimizer.lr": Verified(INSTALLED, before=another_rate, after=contains("dvc_plots/exps.png")),
+    'make verdict REV="main <name>"': Verified(INSTALLED, after=contains("seeds alone")),
+    "make images REV=main": Verified(INSTALLED, after=contains("64 images in images/main")),
+    'make images REV=main ONLY="0 5 10-19" OUT=some': Verified(INSTALLED, after=contains("12 images in some")),
+    "dvc exp run --queue -S 'optimizer.lr=1e-3,2e-3' -S 'train.seed=1,2,3'": Verified(
+        f"{SMOKE} prepare_data", slow=True
+    ),
+    "dvc exp run --queue -S 'diffusion.prediction=v,epsilon' -S 'train.seed=0,1,2,3,4'": Verified(
+        f"{SMOKE} prepare_data", slow=True
+    ),
+    "dvc queue start -j 1": Verified(after=until_done),
+    "make exps BY=diffusion.prediction": Verified(INSTALLED, after=contains("+4", "dvc_plots/exps.png")),
+    "make exps P=1": Verified(INSTALLED, after=contains("p, by")),
+    "make exps RUNS=1": Verified(INSTALLED, after=contains("Fréchet")),
+    "make search": dry_run("python -m tools.search default"),
+    "make search SEARCH=<name>": dry_run("python -m tools.search"),
+    "git clone <address of this repository> worker && cd worker": Verified(before=nowhere),
+    "export OPTUNA_STORAGE=postgresql://me@host/searches": Verified(),
     "make states": Verified(INSTALLED, after=contains("No run is unfinished")),
     "make states CLEAN=1": Verified(INSTALLED, after=contains("No run is unfinished")),
     "dvc metrics show": Verified(after=contains("frechet_distance", "loss")),
@@ -359,6 +382,13 @@ SAID = {
 }
 ELSEWHERE = {
     "make states ADOPT=<name>": "../runtime/test_resume.py",
+    "make verdict": "../tools/test_verdict.py",
+    "dvc exp push": "pipeline/test_search.py",
+    "dvc queue start -j 4": "../runtime/test_gpus.py",
+    "make search ADOPT=<worker>": "../tools/test_study.py",
+    'make plots REV="main <name> <other>"': "../tools/test_plots_page.py",
+    "dvc exp pull origin <name>": "pipeline/test_search.py",
+    'pip install "psycopg[binary]"': "pipeline/test_search.py",
     "dvc queue logs <name>": "pipeline/test_dvc.py",
     "wandb login": "test_tracking.py",
     "wandb sync": "test_tracking.py",
@@ -418,7 +448,7 @@ def test_the_commands_in_the_sentences_do_what_they_say(author: Clone) -> None:
 
 @pytest.mark.slow
 def test_the_python_of_the_documents_gives_images(author: Clone) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    block, _ = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)  # the other: tests/test_hub.py
     author.env["OMP_NUM_THREADS"] = "1"  # a thousand steps, each too small to be shared out
     done = author.run("python", "-c", f"{block}\nprint([image.size for image in images])")
     assert done.stdout == f"{[(8, 8)] * 4}\n"
@@ -435,5 +465,7 @@ def test_every_preset_is_in_the_table_and_no_other(head):
 def test_every_choice_of_every_group_is_in_the_table_and_no_other():
     rows = table("| group | choices | knobs that matter most |")
     listed = {name: sorted(choices) for group, choices, _ in rows for name in group}
-    folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "experiment"]
+    folders = [
+        path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name not in ("experiment", "search")
+    ]
     assert listed == {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}

@@ -90,6 +90,7 @@ def test_trials_of_another_question_are_not_mixed_in(change):
     [
         ("nosql://host/x", "storage = nosql://host/x: cannot be opened"),
         ("postgresql://me:secret@127.0.0.1:1/x", r"storage = postgresql://me:\*\*\*@127.0.0.1:1/x: cannot be opened"),
+        ("mysql://host/x", "storage = mysql://host/x: cannot be opened: install its driver, the package MySQLdb"),
         ("/proc/none/journal", "storage = /proc/none/journal: cannot be opened"),
     ],
 )

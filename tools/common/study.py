@@ -24,6 +24,8 @@ from tools.common.searches import Search
 # attributes of a trial
 WORKER, VOID, REASON, VALUES = "worker", "void", "reason", "values"
 HOPELESS = 0.75  # a trial whose loss is worse than this share of the others' is stopped
+MOST_ATTEMPTS = 10  # to open a database in which other workers make the tables
+CONNECTION = {"pool_pre_ping": True}  # a run takes longer than an idle connection may last
 MOST_PROPOSALS = 50  # settings in a row that were tried already: the space has no others, or nearly so
 # Losses under different ones of these are on different scales
 SCALES = ("diffusion", "dataset", "train.weighting")
@@ -43,11 +45,27 @@ def open_storage(address: str) -> BaseStorage:
         if address.startswith("redis"):
             return JournalStorage(JournalRedisBackend(address))
         shown = make_url(address).render_as_string(hide_password=True)
-        return RDBStorage(address, engine_kwargs={"pool_pre_ping": True})  # a run takes longer than a connection lasts
+        return _database(address)
     except (ImportError, SQLAlchemyError, OSError, ValueError) as error:
-        missing = getattr(error, "name", None)
-        reason = f"install the package {missing}" if missing else " ".join(str(error).split())[:200].split(" (Back")[0]
+        missing = getattr(error.__cause__ or error, "name", None)
+        reason = (
+            f"install its driver, the package {missing}"
+            if missing
+            else " ".join(str(error).split())[:200].split(" (Back")[0]
+        )
         raise UserError(f"storage = {shown}: cannot be opened: {reason}") from None
+
+
+def _database(address: str) -> RDBStorage:
+    """Open a database, and make its tables where there are none; of workers that start at once, some try again."""
+    for _ in range(MOST_ATTEMPTS - 1):
+        try:
+            return RDBStorage(address, engine_kwargs=CONNECTION)
+        except SQLAlchemyError as error:
+            if "exist" not in str(error):
+                raise
+        time.sleep(1)
+    return RDBStorage(address, engine_kwargs=CONNECTION)
 
 
 class Pruner(BasePruner):
