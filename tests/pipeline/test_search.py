@@ -90,7 +90,6 @@ def test_a_search_resumes_and_its_runs_are_experiments(tmp_path):
     assert start(clone).wait() == 0
     assert "trial 0: resumed" in (tmp_path / "clone.log").read_text()
     assert Counter(log.read_text().split()) == {"s-0-s0": 2, "s-0-s1": 1}
-    assert "resuming at step" in (clone.folder / ".dvc/tmp/search/s-0-s0.log").read_text()
     assert clone.run("git", "status", "--porcelain").stdout == " M conf/search/default.yaml\n"
     assert re.search(r"s-0-s\d \+1 .* 2 +\d+\.\d{4} ± ", clone.run("python", "-m", "tools.exps").stdout)
 
@@ -101,7 +100,7 @@ def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, 
     # a loss that every training has stands for the held-out one
     runs = clone.folder / "tools/common/runs.py"
     runs.write_text(re.sub(r"metrics/\w+\.tsv", "metrics/loss.tsv", runs.read_text()))
-    rates = [1e-3, 2e-3, 1e-6, 1e25]
+    rates = [1e-3, 2e-3, 1e-6, 1e30]
     changes = {"space": {"optimizer.lr": {"choices": rates}}, "trials": 4, "prune_after": 2, "prune_from": 0.0}
     changes["overrides"] = [*RUN, "optimizer=sgd", "train.grad_clip=null"]
     ask(clone, **changes)
@@ -114,7 +113,7 @@ def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, 
                 value=0.0,
                 params={"optimizer.lr": rate},
                 distributions=distributions,
-                intermediate_values={4: 1e-4, 40: 1e-4},
+                intermediate_values={4: 0.7, 40: 0.7},
             )
         )
     assert start(clone).wait() == 0

@@ -36,6 +36,10 @@ def run(name: str, overrides: list[str]) -> None:
     info = Path(f".dvc/tmp/exps/run/{name}/{name}.run")
     info.parent.mkdir(parents=True, exist_ok=True)
     info.write_text(json.dumps({"name": name, "root_dir": str(folder.resolve())}))
+    (folder / CURVE).write_text("step\theld_out_loss\n60\t99.0\n")  # the commit's
+    time.sleep(float(os.environ["PACE"]) / 4)
+    (folder / CURVE).unlink()
+    print("Running stage 'train':", flush=True)
     loss = abs(params.optimizer.lr - 0.001)
     text = "step\theld_out_loss\n"
     for step in range(10, 60, 10):

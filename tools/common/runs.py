@@ -23,6 +23,7 @@ CURVE = Path("results/train/plots/metrics/held_out_loss.tsv")
 METRICS_FILE, PARAMS_FILE = "results/evaluate/metrics.json", "params.yaml"
 POLL = 1.0  # seconds between two looks at a run
 RUN_LOGS = Path(".dvc/tmp/search")
+TRAINING = b"Running stage 'train'"  # in the log of a run, once DVC has removed the outputs that the stage writes
 OnPoint = Callable[[int, float], bool]  # a step and its loss; whether to stop the run
 
 
@@ -144,13 +145,14 @@ def run(name: str, overrides: list[str], on_point: OnPoint) -> bool:
         # in a group of its own, so that the stage is reached, too; and it dies with this process
         process = subprocess.Popen(
             ["dvc", "exp", "run", "--temp", "--name", name, *changes],
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # the log is read while it is written
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         try:
-            stopped = _watch(process, name, on_point)
+            stopped = _watch(process, name, log, on_point)
         finally:
             _stop(process)
     if stopped or process.returncode:
@@ -167,7 +169,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _watch(process: "subprocess.Popen[bytes]", name: str, on_point: OnPoint) -> bool:
+def _watch(process: "subprocess.Popen[bytes]", name: str, log: Path, on_point: OnPoint) -> bool:
     """Wait for the end of a run; whether `on_point` wants it stopped."""
     seen = -1
     while True:
@@ -177,7 +179,8 @@ def _watch(process: "subprocess.Popen[bytes]", name: str, on_point: OnPoint) -> 
             pass
         else:
             return False
-        for step, loss in points(name):
+        # until DVC has begun the stage, the file there is that of the commit
+        for step, loss in points(name) if TRAINING in log.read_bytes() else []:
             if step > seen:
                 seen = step
                 if on_point(step, loss):
