@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.05  # of every test; intervals hold 1 - LEVEL
 POWER = 0.8  # with which the seeds that `seeds_needed` asks for settle a difference
@@ -45,6 +44,8 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
     """
     if min(len(a), len(b)) < 2 or (max(a) == min(a) and max(b) == min(b)):
         return None
+    from scipy import stats  # takes most of a second
+
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # that one side has no spread
         result = stats.ttest_ind(b, a, equal_var=False)
     interval = result.confidence_interval(1 - LEVEL)
@@ -69,6 +70,8 @@ def seeds_needed(a: Sequence[float], b: Sequence[float]) -> int | None:
     The smallest n for which Welch's test at LEVEL finds a difference of this size with probability POWER, where both
     sides have n values and the variances of now. None: more than MOST_SEEDS.
     """
+    from scipy import stats
+
     difference, variances = abs(mean(b) - mean(a)), [float(np.var(values, ddof=1)) for values in (a, b)]
     for n in range(2, MOST_SEEDS + 1):
         error = math.sqrt(sum(variances) / n)
