@@ -76,7 +76,7 @@ class Experiments:
             return
         if remote not in git("remote").split():
             raise UserError(f"remote = {remote}: is no remote of this clone: git remote add {remote} <address>")
-        if not subprocess.run(["dvc", "remote", "default"], capture_output=True, check=False).stdout.strip():
+        if dvc("remote", "default"):
             raise UserError("remote: the outputs need a DVC remote, too: dvc remote add --default storage <address>")
 
     def metrics(self, name: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
