@@ -88,8 +88,12 @@ def facts(repo: Repo, revisions: Sequence[str]) -> dict[str, Any]:
 
 
 def _values(files: dict[str, Any]) -> dict[str, Any]:
-    """All files of one revision as one flat mapping."""
-    return {key: value for file in files.values() for key, value in flatten(file.get("data") or {}).items()}
+    """All files of one revision as one flat mapping; of the metrics, those of the training are named so."""
+    return {
+        f"{key} (training)" if path.startswith("results/train/") else key: value
+        for path, file in files.items()
+        for key, value in flatten(file.get("data") or {}).items()
+    }
 
 
 def write(out: Path, revisions: Sequence[str]) -> Path:

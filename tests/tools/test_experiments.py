@@ -1,8 +1,10 @@
 """Which runs are one group, and which numbers may be compared."""
 
+from typing import ClassVar
+
 import pytest
 
-from tools.common.experiments import Group, Run, compared, grouped, not_comparable, read, shown
+from tools.common.experiments import Group, Run, _run, compared, grouped, not_comparable, read, shown
 
 PARAMS = {"train.seed": 0, "sample.seed": 0, "evaluate.seed": 0, "optimizer.lr": 0.1, "sample.steps": 50}
 
@@ -19,6 +21,21 @@ def test_main_and_its_further_seeds_are_one_group(repository, monkeypatch):
     assert groups == {
         ("a1", "a2", "a3", "main"), ("b0", "b1", "b2", "b3"), ("lucky",), ("ddpm1", "ddpm2"), ("eps",), ("code",)
     }  # fmt: skip
+
+
+def test_the_numbers_of_a_run_are_those_of_its_evaluation():
+    class State:
+        rev, error = "abc", None
+
+        class data:  # noqa: N801
+            params: ClassVar = {"params.yaml": {"data": {"train": {"seed": 3}}}}
+            metrics: ClassVar = {
+                "results/evaluate/metrics.json": {"data": {"held_out_loss": 0.2}},
+                "results/train/metrics.json": {"data": {"held_out_loss": 0.9, "step": 10}},
+            }
+            deps: ClassVar = {}
+
+    assert _run(State, None, "x").metrics == {"held_out_loss": 0.2}
 
 
 @pytest.mark.parametrize("name", ["optimizer__lr", "evaluate__seed", "sample__steps"])

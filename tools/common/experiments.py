@@ -14,6 +14,7 @@ from tools.common.statistics import mean
 # Two runs that differ in these alone are two draws of one thing. `evaluate.seed` is not among them: it is the ruler and
 # not what is measured. With another one, the same model and samples would count as a further draw.
 SEEDS = ("train.seed", "sample.seed")
+NUMBERS = "results/evaluate/metrics.json"
 MODEL, SAMPLES = "models/ddpm", "samples/images.npy"  # dependencies that follow from the seeds
 DISTANCE = ("dataset.", "sample.count", "evaluate.features", "evaluate.reference", "evaluate.inception_weights")
 
@@ -99,9 +100,8 @@ def _run(state: Any, executor: Any, name: str | None) -> Run:
     params = {key: value for file in data.params.values() for key, value in flatten(file.get("data", {})).items()}
     metrics: dict[str, float] = {}
     if stage == "success":  # DVC gives the others the numbers of the commit that they started from
-        for file in data.metrics.values():
-            numbers = file.get("data", {}) if isinstance(file.get("data"), dict) else {}
-            metrics |= {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+        numbers = data.metrics.get(NUMBERS, {}).get("data")  # the training's own have other meanings
+        metrics = {key: value for key, value in (numbers or {}).items() if isinstance(value, int | float)}
     code = {path: str(dep.hash) for path, dep in data.deps.items() if path not in (MODEL, SAMPLES)}
     model = str(data.deps[MODEL].hash or "") if MODEL in data.deps else ""
     return Run(name or state.rev[:7], state.rev, stage, params, metrics, code, model)
