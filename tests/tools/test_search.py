@@ -94,12 +94,13 @@ def test_a_search_runs_its_budget_with_every_seed_and_then_nothing(clone):
 
 
 @pytest.mark.process
-def test_a_failed_trial_is_a_failure_with_its_reason(clone):
-    clone.ask(space={"optimizer.lr": {"choices": [0.01, 0.001]}})
+def test_a_failed_trial_keeps_its_reason_and_no_settings_are_run_twice(clone):
+    clone.ask(space={"optimizer.lr": {"choices": [0.01, 0.001]}}, trials=5)
     code, out, err = clone.search()
     assert code == 0, err
     assert "failed: training diverged: the loss is nan (.dvc/tmp/search/s-" in out
-    assert len(clone.experiments()) == 2
+    assert "the space has no other settings" in out
+    assert len(clone.experiments()) == 2 and sum(clone.log("begin").values()) == 3
 
 
 @pytest.mark.process
@@ -108,16 +109,6 @@ def test_a_worker_stops_after_three_failures_in_a_row(clone):
     code, _, err = clone.search()
     assert code == 1 and err == "error: 3 trials in a row have failed here; this worker stops\n"
     assert sum(clone.log("begin").values()) == 3
-
-
-@pytest.mark.process
-def test_no_settings_are_run_twice_and_a_space_may_be_exhausted(clone):
-    clone.ask(space={"optimizer.lr": {"choices": [0.001, 0.002]}}, trials=5)
-    code, out, err = clone.search()
-    assert code == 0, err
-    assert "the space has no other settings" in out
-    lines = [line for line in out.splitlines() if "optimizer.lr=" in line]
-    assert sorted(line.partition("=")[2] for line in lines) == ["0.001", "0.002"]
 
 
 @pytest.mark.process
@@ -144,23 +135,28 @@ def test_a_hopeless_trial_is_stopped_early_by_its_held_out_loss(clone):
 
 
 @pytest.mark.process
-def test_another_question_under_the_same_name_is_refused(clone):
+def test_runs_of_another_question_are_not_taken_for_results(clone):
+    clone.ask(trials=1)
     assert clone.search()[0] == 0
     clone.ask(seeds=[0, 1, 2])
     code, _, err = clone.search()
     assert code == 1 and "was begun with another metric, seeds, overrides or space" in err
-    clone.ask()
+    clone.ask(trials=1)
     (clone.folder / "conf/model/small.yaml").write_text((ROOT / "conf/model/small.yaml").read_text() + "# changed\n")
     code, _, err = clone.search()
     assert code == 1 and "was begun with another commit or other code" in err
-
-
-@pytest.mark.process
-def test_an_experiment_of_another_run_is_not_taken_for_a_result(clone):
-    assert clone.search()[0] == 0
     shutil.rmtree(clone.folder / ".search")
     code, _, err = clone.search()
     assert code == 1 and "experiment s-0-s0: is another run of that name" in err
+
+
+@pytest.mark.process
+def test_a_remote_that_cannot_be_reached_is_refused_before_anything_runs(clone):
+    clone.git("remote", "add", "origin", "/nowhere/at/all")
+    clone.ask(remote="origin")
+    code, _, err = clone.search()
+    assert code == 1 and err.startswith("error: git ls-remote: ") and err.count("\n") == 1
+    assert not clone.log("begin")
 
 
 @pytest.mark.process
@@ -177,7 +173,7 @@ def test_one_clone_takes_one_worker(clone):
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "signum", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))]
 )
 def test_a_stopped_search_resumes_and_runs_nothing_twice(clone, signum):
     clone.env["PACE"] = "0.6"

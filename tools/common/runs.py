@@ -95,9 +95,13 @@ class Experiments:
         return json.loads(git("show", f"{self._folder}{name}:{METRICS_FILE}"))
 
     def fetch(self, name: str) -> None:
-        """Get an experiment from the remote, without its outputs, if it is there and not here."""
-        if self._remote and name in self._there():
-            dvc("exp", "pull", "--no-cache", self._remote, name)
+        """Get an experiment from the remote, without its outputs, if it is there.
+
+        Raises:
+            UserError: the remote cannot be reached, so that the run might happen twice.
+        """
+        if self._remote and name in self._there() and (reason := dvc("exp", "pull", "--no-cache", self._remote, name)):
+            raise UserError(f"{name}: is in {self._remote} and cannot be fetched: {reason}")
 
     def push(self, name: str) -> None:
         """Send an experiment and its outputs to the remotes. Trouble is a warning: `exchange` tries again."""
@@ -108,6 +112,9 @@ class Experiments:
         """Push the search's experiments that the remote lacks, and get those that are not here; why, where it fails.
 
         The outputs of those that come stay in the DVC remote: `dvc exp pull` gets them.
+
+        Raises:
+            UserError: the remote cannot be reached.
         """
         if self._remote is None:
             return ""
@@ -121,7 +128,7 @@ class Experiments:
         return reason or (dvc("exp", "push", self._remote, *mine) if mine else "")
 
     def _there(self) -> set[str]:
-        lines = git("ls-remote", str(self._remote), f"{self._folder}*", check=False).splitlines()
+        lines = git("ls-remote", str(self._remote), f"{self._folder}*").splitlines()
         return {line.split("\t")[1].removeprefix(self._folder) for line in lines}
 
 
