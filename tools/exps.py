@@ -13,7 +13,6 @@ from typing import Any
 
 from dvc.exceptions import DvcException
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ddpm.config.targets import near
@@ -21,6 +20,7 @@ from tools.common.charts import by_parameter
 from tools.common.experiments import MAIN, METRICS, SEEDS, Group, Run, check_metric, differing, grouped, read, shown
 from tools.common.ranking import beside_the_best, ranked
 from tools.common.statistics import number
+from tools.common.tables import print_whole
 
 
 def draws(group: Group, metric: str) -> str:
@@ -44,8 +44,11 @@ def changed_code(base: Run, row: Group | Run) -> str:
     return ", ".join(names)
 
 
-def table(base: Run, rows: Sequence[Group | Run], varied: Sequence[str], metric: str, with_p: bool) -> Table:
+def table(
+    base: Run, rows: Sequence[Group | Run], varied: Sequence[str], asked: argparse.Namespace, narrow: bool
+) -> Table:
     """The table: a row per group of finished runs, best first, and one per run that is not done."""
+    metric = asked.metric
     groups = [row for row in rows if isinstance(row, Group)]
     beside, several = beside_the_best(groups, metric), any(len(group.runs) > 1 for group in groups)
     codes = [changed_code(base, row) for row in rows]
@@ -60,8 +63,8 @@ def table(base: Run, rows: Sequence[Group | Run], varied: Sequence[str], metric:
     for name in columns:
         made.add_column(METRICS[name].heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
     if beside.words:
-        made.add_column("beside\nthe best")
-    if with_p:
+        made.add_column("beside\nthe best", max_width=13 if narrow else None)
+    if asked.p:
         made.add_column("p", justify="right")
         made.add_column("p, by\nHolm", justify="right")
     for i, row in enumerate(rows):
@@ -71,8 +74,10 @@ def table(base: Run, rows: Sequence[Group | Run], varied: Sequence[str], metric:
         cells = [name, "" if is_base and len(group.runs) == 1 else state]
         cells += [shown(key, params.get(key)) for key in varied]
         cells += [codes[i]] * any(codes) + [draws(group, metric) if group.runs else ""] * several
-        cells += [number(group.values(key)) for key in columns] + [beside.words.get(i, "")] * bool(beside.words)
-        if with_p:
+        numbers = (number(group.values(key)) for key in columns)
+        cells += [text.replace(" ± ", "\n± ") if narrow else text for text in numbers]
+        cells += [beside.words.get(i, "")] * bool(beside.words)
+        if asked.p:
             cells += [f"{p[i]:.4f}" if i in p else "" for p in (beside.p, beside.corrected)]
         made.add_row(*cells, style="bold" if is_base else "red" if state == "failed" else None)
     return made
@@ -138,15 +143,13 @@ def main() -> None:
         groups.sort(key=lambda group: sort_key(group.params.get(asked.by)))
     rows: list[Group | Run] = [*groups, *others]
     varied = varied_in(rows, base, asked)
-    # a file or a pipe has no edge: no number may be cut there
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
-    console.print(table(base, rows, varied, asked.metric, asked.p))
+    print_whole(lambda narrow: table(base, rows, varied, asked, narrow))
     for line in notes(base, groups, others, varied):
-        console.print(line, markup=False, soft_wrap=True)
+        print(line)
     if asked.by:
         path = Path(asked.out)
         by_parameter(path, groups, asked.by, asked.metric, [name for name in varied if name != asked.by])
-        console.print(f"{METRICS[asked.metric].heading} against {asked.by}: {path}", markup=False, soft_wrap=True)
+        print(f"{METRICS[asked.metric].heading} against {asked.by}: {path}")
 
 
 def varied_in(rows: Sequence[Group | Run], base: Run, asked: argparse.Namespace) -> list[str]:

@@ -17,7 +17,6 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -28,6 +27,7 @@ from tools.common.runs import Experiments, RunError, origin, run
 from tools.common.searches import Search, composed, read_search
 from tools.common.statistics import number
 from tools.common.study import REASON, VALUES, WORKER, Study, open_storage
+from tools.common.tables import print_whole
 
 FOLDER = Path(".search")
 MOST_FAILURES = 3  # in a row: then it is not the settings
@@ -147,14 +147,14 @@ def state_of(trial: FrozenTrial, worker: str) -> str:
     return f"{word}: {reason}" if reason else word
 
 
-def table(study: Study) -> Table:
+def table(study: Study, narrow: bool) -> Table:
     """All trials, best first."""
     search = study.search
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", *(name.replace(".", ".\n", 1) for name in search.space)):
         made.add_column(heading, overflow="fold")
     made.add_column(METRICS[search.metric].heading, justify="right", no_wrap=True)
-    made.add_column("", overflow="fold")
+    made.add_column("", overflow="fold", max_width=40 if narrow else None)
     sign = METRICS[search.metric].sign
     for trial in sorted(
         study.trials(), key=lambda t: (t.state != TrialState.COMPLETE, sign * (t.value or 0), t.number)
@@ -181,7 +181,7 @@ def search_with(asked: argparse.Namespace, worker: str) -> None:
     experiments.exchange(search.study)
     Worker(search, study, experiments).work()
     reason = experiments.exchange(search.study)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 1000).print(table(study))
+    print_whole(lambda narrow: table(study, narrow))
     print("The runs are experiments: make exps. Which settings cannot be distinguished from the best, it says, too.")
     if reason:
         raise UserError(f"not all experiments are exchanged: {reason}; run the same command again")
