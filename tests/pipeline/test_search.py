@@ -14,8 +14,8 @@ import optuna
 import pytest
 import yaml
 
-from tests.pipeline.conftest import Clone, git_clone, make_clone
 from tests.pipeline.servers import postgresql
+from tests.support.clones import Clone, git_clone, make_clone
 from tools.common.runs import origin
 from tools.common.searches import Search
 from tools.common.study import Study, open_storage

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.tools.test_searches import SEARCH
+from tests.support.search import SEARCH
 from tools.common.searches import Search
 from tools.common.study import Study, open_storage
 

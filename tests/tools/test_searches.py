@@ -7,20 +7,8 @@ import yaml
 
 from ddpm.errors import UserError
 from tests.conftest import ROOT
+from tests.support.search import SEARCH
 from tools.common.searches import composed, read_search, typed
-
-SEARCH = {
-    "study": "s",
-    "storage": None,
-    "remote": None,
-    "metric": "frechet_distance",
-    "seeds": [0, 1],
-    "trials": 2,
-    "prune_after": None,
-    "prune_from": 0.3,
-    "overrides": [],
-    "space": {"optimizer.lr": {"low": 1e-4, "high": 5e-3, "log": True}},
-}
 
 
 @pytest.fixture
@@ -55,7 +43,7 @@ def test_every_search_of_the_repository_could_run(monkeypatch, name):
         ({"space": {"optimizer.lr": {"choices": []}}}, "with one choice or more"),
         ({"space": {"optimizer.lr": {"choices": [1], "log": True}}}, "with one choice or more"),
         ({"space": {"optimizer.rate": {"choices": [1]}}}, "space.optimizer.rate = 1: "),
-        ({"space": {"train.ema_decay": {"low": 0.1, "high": 1.5}}}, "space.train.ema_decay = 1.5: its runs would be"),
+        ({"space": {"train.grad_clip": {"low": -1.0, "high": 1.5}}}, "space.train.grad_clip = -1.0: its runs would be"),
         ({"space": {"train.seed": {"choices": [0, 1]}}}, "space.train.seed: is what `seeds` sets"),
         ({"space": {"sample.count": {"choices": [10, 20]}}}, "trials could not be compared"),
         ({"overrides": ["+experiment=none"]}, "space.optimizer.lr = "),

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from ddpm.errors import UserError
-from tests.tools.test_searches import SEARCH
+from tests.support.search import SEARCH
 from tools.common.searches import Search
 from tools.common.study import Pruner, Study, open_storage
 
