@@ -136,6 +136,13 @@ def test_a_row_of_a_failed_trial_shows_no_numbers():
     assert exps.number(row, "loss") is None
     assert exps.number(row | {"State": "Success"}, "loss") == 1.0
     assert exps.number({"State": None, "loss": "-"}, "loss") is None
+    assert exps.number({"State": None}, "loss") is None  # no trial has one
+
+
+def test_a_metric_is_shown_with_its_error_where_it_has_one():
+    row = {"State": "Success", "recall": 0.862, "recall_se": 0.011, "precision": 0.5, "precision_se": "-"}
+    assert exps.with_errors(row) == {"recall": 0.862, "recall_se": 0.011, "precision": 0.5}
+    assert exps.with_errors(row | {"State": "Failed"}) == {}
 
 
 def test_a_parameter_is_shown_in_few_characters():

@@ -14,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ddpm.evaluation.card import measured
+
 METRICS = {
     "frechet_distance": "Fréchet\ndistance",
     "precision": "precision",
@@ -31,7 +33,12 @@ def done(row: dict[str, Any]) -> bool:
 
 def number(row: dict[str, Any], name: str) -> float | None:
     """The row's own value of a metric; None where it has none (DVC fills the gap with a dash)."""
-    return row[name] if done(row) and isinstance(row[name], float) else None
+    return row[name] if done(row) and isinstance(row.get(name), float) else None
+
+
+def with_errors(row: dict[str, Any]) -> dict[str, Any]:
+    """The row's own metrics, each with its error where it has one."""
+    return {key: value for name in METRICS for key in (name, f"{name}_se") if (value := number(row, key)) is not None}
 
 
 def shown(name: str, value: Any) -> str:
@@ -56,7 +63,7 @@ def main() -> None:
     for heading in METRICS.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in (base, *trials):
-        numbers = ["" if (value := number(row, name)) is None else f"{value:.4f}" for name in METRICS]
+        numbers = ["" if number(row, name) is None else measured(with_errors(row), name) for name in METRICS]
         name, state = row["Experiment"] or row["rev"], "" if row is base else (row["State"] or "Success").lower()
         style = "bold" if row is base else "red" if state == "failed" else None
         table.add_row(name, state, *(shown(name, row[name]) for name in varied), *numbers, style=style)

@@ -22,6 +22,7 @@ RENAMED = {
     "train.sample_every": "train.preview_every_epochs",
     "train.save_every": "train.save_every_seconds",
 }
+REMOVED = {"evaluate.kid_subset_size": "removed, since KID takes all pairs of images; delete the line"}
 # Settings that not every choice of their group can use: the setting that decides, and its values that use them
 USED_BY = {
     "dataset.test_fraction": ("name", ("digits", "folder")),
@@ -115,6 +116,8 @@ def _schema_line(path: str, fault: Any) -> str:
         return f"{path}: missing; add it, or compose the file again from conf/ (make params)"
     if path in RENAMED:
         message = f"renamed to {RENAMED[path]}"
+    elif path in REMOVED:
+        message = REMOVED[path]
     elif fault["type"] == "extra_forbidden":
         names = _field_names(fault["loc"])
         message = f"unknown key{near(str(fault['loc'][-1]), names)}; allowed: {', '.join(names)}"

@@ -185,7 +185,6 @@ class Evaluate(Section):
     inception_weights: str | None = None
     reference: Literal["train", "test", "all"]
     neighbours: Count
-    kid_subset_size: Annotated[int, Field(ge=2)]
     batch_size: Count
     loss_bins: Count
     loss_images: Count | None

@@ -1,5 +1,6 @@
 """The variational bound on the likelihood of images, term by term (Ho et al. 2020, section 3 and 4.3)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,18 +21,22 @@ class Bound:
         prior: L_T, what x_T still knows of the image.
         terms: float64 (T,): L_0, the cost of the pixels given x_1, then L_{t} of each step t = 1 ... T-1.
         x0_mse: float64 (T,): the mean squared error of the prediction of x_0 at each t, in [-1, 1] units.
+        error: the standard error of the whole bound over images, each with its noise; NaN for a single image.
     """
 
     prior: float
     terms: np.ndarray
     x0_mse: np.ndarray
+    error: float
 
     @classmethod
     def of(cls, sums: np.ndarray, count: int) -> "Bound":
         """From the sums over `count` images, float64 (3, T): of the terms, of the squared errors, and of L_T, which
-        stands first in its row; `bound_sums` gives those of a batch, and batches add up."""
-        terms, errors, prior = sums / count
-        return cls(float(prior[0]), terms, errors)
+        stands first in its row, with that of the squares of each image's whole bound after it; `bound_sums` gives those
+        of a batch, and batches add up."""
+        terms, errors, (prior, square, *_) = sums / count
+        variance = max(0.0, square - (prior + terms.sum()) ** 2) / (count - 1) if count > 1 else math.nan
+        return cls(float(prior), terms, errors, math.sqrt(variance))
 
     @property
     def bits_per_dim(self) -> float:
@@ -82,12 +87,15 @@ def bound_sums(
         on_step: called after each of the T network evaluations.
     """
     sums = np.zeros((3, diffusion.timesteps))
-    sums[2, 0] = diffusion.prior_term(x0).double().sum().item()
+    whole = diffusion.prior_term(x0).double()
+    sums[2, 0] = whole.sum().item()
     for step in range(diffusion.timesteps):
         term, error = _term(model, diffusion, x0, step, noise(), variance)
         sums[0, step] = term.double().sum().item()
         sums[1, step] = error.double().sum().item()
+        whole += term.double()
         on_step()
+    sums[2, 1] = whole.square().sum().item()
     return sums
 
 

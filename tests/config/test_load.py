@@ -133,6 +133,13 @@ def test_a_renamed_setting_is_answered_with_its_new_name(old, new):
     assert only_fault(**{former: 25}) == line  # both
 
 
+def test_a_removed_setting_is_answered_with_the_reason():
+    line = only_fault(evaluate__kid_subset_size=500)
+    assert line == (
+        "params.yaml: evaluate.kid_subset_size = 500: removed, since KID takes all pairs of images; delete the line"
+    )
+
+
 def test_a_path_with_a_tilde_is_refused_with_what_to_type():
     tree = composed("dataset=folder")
     tree["dataset"]["path"] = "~/pictures"

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.process
 DIFFUSION = DiffusionConfig(20, "cosine", "v")
 SETTINGS = (
     "diffusion.timesteps=20", "sample.count=24", "sample.batch_size=10", "sample.steps=4", "evaluate.loss_bins=2",
-    "evaluate.kid_subset_size=10", "evaluate.nfe_samples=12", "evaluate.batch_size=16", "runtime.threads=1",
+    "evaluate.nfe_samples=12", "evaluate.batch_size=16", "runtime.threads=1",
 )  # fmt: skip
 OUTPUTS = (
     "metrics.json", "card.md", "neighbours.png", "loss_by_timestep.json", "bound_by_timestep.json", "fd_by_nfe.json",
@@ -44,7 +44,7 @@ def drawn(seed, count=24, **changes):
 def distance(samples):
     """To the reference, which is all of the data."""
     real = np.concatenate([np.load(f"data/prepared/{split}/images.npy") for split in ("train", "test")])
-    return distances.frechet_distance(*(distances.Normal(x.reshape(len(x), -1)) for x in (samples, real)))
+    return distances.frechet_distance(*(distances.Normal(x.reshape(len(x), -1)) for x in (samples, real))).value
 
 
 def tell(test, train=60, **more):
@@ -102,6 +102,7 @@ def test_every_output_has_the_same_bytes_again_and_tells_no_path(inside):
 
 def test_the_bound_is_told_where_it_is_asked_for_and_only_there(inside):
     values = run("evaluate.bound_images=5")
+    assert values["bits_per_dim_se"] > 0
     told = json.loads(Path("results/evaluate/bound_by_timestep.json").read_text())
     assert values["bits_per_dim"] == pytest.approx(sum(row["bits_per_dim"] for row in told), rel=0.01)  # but L_T
     assert "bits_per_dim" not in run("evaluate.bound_images=0")
@@ -138,14 +139,15 @@ def test_further_seeds_are_drawn_as_the_stage_sample_draws_them(inside):
     assert values["frechet_distance"] == alone["frechet_distance"]
     expected = [distance(drawn(seed)) for seed in (0, 1, 2)]
     assert len(set(expected)) == 3
-    assert values["frechet_distance_mean"] == pytest.approx(np.mean(expected), abs=1e-4)
-    assert values["frechet_distance_std"] == pytest.approx(np.std(expected, ddof=1), abs=1e-4)
+    assert values["frechet_distance_mean"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert values["frechet_distance_mean_se"] == pytest.approx(np.std(expected, ddof=1) / 3**0.5, abs=1e-3)
     assert "3 seeds" in Path("results/evaluate/card.md").read_text()
 
 
 def test_without_a_curve_the_headline_is_its_one_point(inside):
     values = run()
-    assert rows() == [{"sampler": "ddim", "nfe": 4, "frechet_distance": values["frechet_distance"]}]
+    headline = {name: values[name] for name in ("frechet_distance", "frechet_distance_se")}
+    assert rows() == [{"sampler": "ddim", "nfe": 4} | headline]
 
 
 def test_the_curve_has_a_point_for_each_sampler_and_number_of_steps(inside):
@@ -155,16 +157,39 @@ def test_the_curve_has_a_point_for_each_sampler_and_number_of_steps(inside):
     )
     assert [(row["sampler"], row["nfe"]) for row in rows()] == [("ddim", 2), ("ddim", 5), ("ddpm", 3)]
     for row, settings in zip(rows(), ({"steps": 2}, {"steps": 5}, {"steps": 3, "sampler": "ddpm"}), strict=True):
-        assert row["frechet_distance"] == pytest.approx(distance(drawn(0, count=12, **settings)), abs=1e-4)
+        assert row["frechet_distance"] == pytest.approx(distance(drawn(0, count=12, **settings)), abs=6e-3)
 
 
 def test_copies_are_found_and_shown_beside_their_originals(inside):
     copied = np.load("data/prepared/train/images.npy")[::-1][:24]
     np.save("samples/images.npy", copied)
-    assert run()["memorisation_ratio"] == 0
+    values = run()
+    assert (values["memorisation_ratio"], values["copies"], values["copies_held_out"]) == (0, 1, 0)
     picture = np.asarray(Image.open("results/evaluate/neighbours.png"))
     np.testing.assert_array_equal(picture[16:80, 16:80], picture[16:80, 82:146])
     np.testing.assert_array_equal(picture[16:80:8, 16:80:8], copied[0, ..., 0])
+
+
+def test_suspicious_pairs_are_shown_first(inside):
+    samples, train = np.load("samples/images.npy"), np.load("data/prepared/train/images.npy")
+    samples[[7, 19]] = train[[40, 41]]
+    np.save("samples/images.npy", samples)
+    values = run()
+    assert values["copies"] == pytest.approx(2 / 24, abs=1e-3)
+    assert values["copies_se"] > 0
+    picture = np.asarray(Image.open("results/evaluate/neighbours.png"))
+    for i, place in enumerate((40, 41)):
+        left = 16 + i * (2 * 64 + 2 + 16)
+        np.testing.assert_array_equal(picture[16:80:8, left : left + 64 : 8], train[place, ..., 0])
+        np.testing.assert_array_equal(picture[16:80, left : left + 64], picture[16:80, left + 66 : left + 130])
+
+
+def test_every_number_has_its_error(inside):
+    values = run("evaluate.bound_images=5", "evaluate.seeds=2")
+    counts = {"samples", "seeds", "nfe", "reference_images"}
+    numbers = {name for name in values if not name.endswith("_se")} - counts
+    assert {f"{name}_se" for name in numbers} == {name for name in values if name.endswith("_se")}
+    assert len(numbers) >= 17
 
 
 def test_samples_equal_to_the_reference_are_at_distance_zero(inside):
@@ -189,8 +214,10 @@ def test_few_images_give_what_is_defined_and_name_the_rest(inside, counts, sampl
     defined = {
         "frechet_distance": min(samples, reference) > 1, "kid": min(samples, reference) > 1,
         "frechet_distance_train": min(samples, train) > 1, "frechet_distance_test": min(samples, test) > 1,
-        "frechet_distance_real_halves": reference > 3, "frechet_distance_real_test": min(train, test) > 1,
-        "precision": reference > 3, "recall": samples > 3, "memorisation_ratio": True, "held_out_loss": True,
+        "frechet_distance_floor": min(samples, reference) > 1, "frechet_distance_real_test": min(train, test) > 1,
+        "frechet_distance_ratio": min(samples, reference) > 1, "frechet_distance_infinite": False,
+        "precision": reference > 3, "density": reference > 3, "coverage": reference > 3, "recall": samples > 3,
+        "memorisation_ratio": True, "copies": train > 1, "copies_held_out": train > 1, "held_out_loss": True,
         "bits_per_dim": True,
     }  # fmt: skip
     assert {name: name in values for name in defined} == defined
@@ -224,14 +251,14 @@ def test_no_number_depends_on_the_batch_size_beyond_rounding(inside):
 def test_the_statistics_of_each_set_are_computed_once(inside, monkeypatch):
     fitted, init = [], distances.Normal.__init__
 
-    def spy(self, features, device, name):
+    def spy(self, features, device, name=None):
         fitted.append(name)
         init(self, features, device, name)
 
     monkeypatch.setattr(distances.Normal, "__init__", spy)
     run("evaluate.seeds=2")
-    expected = ["samples", "all", "train", "test", *["a half of the reference"] * 2, "new samples"]
-    assert sorted(fitted) == sorted(expected)
+    expected = ["samples", "all", "train", "test", *[None] * distances.FLOOR_DRAWS, "new samples"]
+    assert sorted(map(str, fitted)) == sorted(map(str, expected))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +308,7 @@ def test_points_that_differ_in_their_steps_alone_are_each_drawn(inside):
     assert [row["nfe"] for row in rows()] == [17, 18, 19, 20]
     expected = [distance(drawn(0, count=12, steps=steps, spacing="quadratic")) for steps in (17, 18, 19, 20)]
     assert len(set(expected)) == 4
-    assert [row["frechet_distance"] for row in rows()] == pytest.approx(expected, abs=1e-4)
+    assert [row["frechet_distance"] for row in rows()] == pytest.approx(expected, abs=6e-3)
 
 
 def test_further_samples_have_the_classes_of_the_data(inside):
@@ -294,7 +321,7 @@ def test_further_samples_have_the_classes_of_the_data(inside):
         composed(*SETTINGS, *options, "sample.class_frequencies=data", "sample.steps=3", "sample.count=12")
     ).sample
     new = draw(unet, GaussianDiffusion(DIFFUSION), settings, Classes(("cat", "dog"), (50, 10)))
-    assert rows()[0]["frechet_distance"] == pytest.approx(distance(new), abs=1e-4)
+    assert rows()[0]["frechet_distance"] == pytest.approx(distance(new), abs=6e-3)
     assert "as often as in the training data" in Path("results/evaluate/card.md").read_text()
     save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16}, ("cat", "dog"))
     with pytest.raises(UserError, match="does not hold the class_counts"):
