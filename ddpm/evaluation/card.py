@@ -48,6 +48,7 @@ def card(
     evaluate: Evaluate,
     sample: Sample,
     data: Mapping[str, Any],
+    extractor: str,
     digest: str,
     classes: Sequence[str],
 ) -> str:
@@ -56,7 +57,8 @@ def card(
     Args:
         values: what metrics.json holds.
         data: the content of dataset.json.
-        digest: sha256 of the extractor's weights, or "none".
+        extractor: what the features are those of.
+        digest: sha256 of its weights, or "none".
         classes: the names of the classes that were drawn; none for an unconditional model.
     """
 
@@ -98,7 +100,7 @@ def card(
         rows["Classes"] = f"{', '.join(classes)}; {frequencies}; guidance scale {sample.guidance:g}"
     rows |= {
         "Quantiser": "uint8, round to nearest",
-        "Extractor": evaluate.features,
+        "Extractor": extractor,
         "Extractor's weights, sha256": digest,
         "Reference": f"{data['name']}, {evaluate.reference}: {numbers['reference_images']} images of "
         + "x".join(map(str, data["shape"])),

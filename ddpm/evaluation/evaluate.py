@@ -18,7 +18,7 @@ from ddpm.errors import UserError
 from ddpm.evaluation import distances, estimates, neighbours, pairs
 from ddpm.evaluation.card import card, rounded, write_json
 from ddpm.evaluation.estimates import Estimate, named
-from ddpm.evaluation.features import extract_features, weights_digest
+from ddpm.evaluation.features import open_extractor
 from ddpm.evaluation.held_out import HeldOut, image_losses, variational_bound
 from ddpm.evaluation.neighbours import Nearest
 from ddpm.files import write_file
@@ -56,11 +56,6 @@ class Subject:
     classes: Classes
     store: Store
 
-    def features(self, images: np.ndarray, name: str) -> np.ndarray:
-        """The features of images, uint8 (N, H, W, C), as (N, D); `name` is that of the set."""
-        s, device = self.settings, self.diffusion.device
-        return extract_features(images, s.features, s.inception_weights, s.batch_size, device, self.store, name)
-
     def held_out(self, count: int | None) -> HeldOut:
         """That many held-out images, evenly spaced; with labels for a class-conditional model."""
         images, labels = self.data.test
@@ -73,15 +68,21 @@ class FeatureSets:
 
     Attributes:
         reference: the name of the set that samples are compared with: train, test or all.
+        extractor: what made them.
     """
 
     def __init__(self, subject: Subject) -> None:
         self.reference, self.device = subject.settings.reference, subject.diffusion.device
+        self._subject, self.extractor = subject, open_extractor(subject.settings, self.device)
         images = {"samples": subject.samples, "train": subject.data.train.images, "test": subject.data.test.images}
-        self._sets = {name: subject.features(array, name) for name, array in images.items()}
+        self._sets = {name: self.extract(array, name) for name, array in images.items()}
         if self.reference == "all":
             self._sets["all"] = np.concatenate([self._sets["train"], self._sets["test"]])
         self._normals: dict[str, distances.Normal] = {}
+
+    def extract(self, images: np.ndarray, name: str) -> np.ndarray:
+        """The features of images, uint8 (N, H, W, C), as (N, D); `name` is that of the set."""
+        return self.extractor(images, self._subject.settings.batch_size, self.device, self._subject.store, name)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._sets[name]
@@ -177,11 +178,12 @@ def evaluate(subject: Subject) -> Evaluation:
     values |= {"samples": len(subject.samples), "seeds": s.seeds, "nfe": _nfe(drawn)}
     values["reference_images"] = len(features[features.reference])
     plots = {name: measured[name][1] for name in PLOTS}
-    digest = weights_digest(s.features, s.inception_weights)
     names = [subject.data.info["classes"][i] for i in chosen_classes(drawn, subject.unet.config, subject.classes.names)]
     shown = np.argsort(~near.suspicious(), kind="stable")[:PAIRS]
     picture = pictures.pairs(subject.samples[shown], subject.data.train.images[near.place[shown]], PAIR_COLUMNS)
-    return Evaluation(values, plots, picture, card(values, s, drawn, subject.data.info, digest, names))
+    extractor = features.extractor
+    page = card(values, s, drawn, subject.data.info, str(extractor), extractor.digest, names)
+    return Evaluation(values, plots, picture, page)
 
 
 def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
@@ -299,5 +301,5 @@ def _drawn_distance(subject: Subject, features: FeatureSets, settings: Sample) -
     """The Fréchet distance of newly drawn samples to the reference."""
     images = draw(subject.unet, subject.diffusion, settings, subject.classes, subject.store)
     name = f"{settings_name(settings)}-seed-{settings.seed}"
-    fitted = distances.Normal(subject.features(images, name), features.device, "new samples")
+    fitted = distances.Normal(features.extract(images, name), features.device, "new samples")
     return distances.frechet_distance(fitted, features.normal(features.reference))

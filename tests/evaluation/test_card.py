@@ -18,7 +18,7 @@ VALUES = {
 
 def card(*overrides, values=VALUES, digest="none", classes=()):
     params = check(composed(*overrides))
-    text = cards.card(values, params.evaluate, params.sample, DATA, digest, classes)
+    text = cards.card(values, params.evaluate, params.sample, DATA, params.evaluate.features, digest, classes)
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "|---" not in line]
     return dict(row for row in rows if len(row) == 2)
 
