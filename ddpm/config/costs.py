@@ -38,8 +38,10 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
     p, samples = params.evaluate, params.sample.count
     pixels = p.features == "pixels"
     width = prod(shape) if pixels else INCEPTION_FEATURES
-    train, test = counts["train"], counts["test"]
-    reference = {"train": train, "test": test, "all": train + test}[p.reference]
+    train, test = (min(counts[name], p.reference_images or counts[name]) for name in ("train", "test"))
+    reference = {"train": train, "test": test, "all": min(train + test, p.reference_images or train + test)}[
+        p.reference
+    ]
     further = [samples] * (p.seeds - 1) + [p.nfe_samples] * sum(len(line.steps) for line in p.nfe_curve)
     parts = [samples // k for k in range(2, SPLITS + 1) if samples // k >= IMAGES_PER_FEATURE * width for _ in range(k)]
     alone = [samples] * FLOOR_DRAWS + parts  # sets that are compared with the reference, without an error
@@ -99,6 +101,7 @@ def evaluation_faults(
     if reasons:
         smaller = chain(
             ["evaluate=inception", "a smaller dataset.image_size"] if p.features == "pixels" else [],
+            ["evaluate.reference_images=10000"] if (p.reference_images or max(counts.values())) > 10_000 else [],
             ["evaluate.reference=test"] if p.reference != "test" else [],
             ["a smaller dataset.subset", "a smaller sample.count"],
         )

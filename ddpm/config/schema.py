@@ -192,6 +192,7 @@ class Evaluate(Section):
     weights: Annotated[str, Field(min_length=1)] | None = None
     input_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     reference: Literal["train", "test", "all"]
+    reference_images: Annotated[int, Field(ge=2, lt=2**31)] | None
     neighbours: Count
     batch_size: Count
     loss_bins: Count

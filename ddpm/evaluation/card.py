@@ -106,5 +106,8 @@ def card(
         + "x".join(map(str, data["shape"])),
         "Data set, sha256": data["sha256"],
     }
+    searched, there = numbers["train_images"], data["counts"]["train"]
+    if searched < there:
+        rows["Copies are looked for in"] = f"{searched} of {there} training images; those of the others are not found"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["# Evaluation", "", "| | |", "|---|---|", *lines]) + "\n"

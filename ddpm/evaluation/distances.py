@@ -49,6 +49,21 @@ class Normal:
                 if bar is not None:
                     bar.update(rows.stop - rows.start)
 
+    def packed(self) -> np.ndarray:
+        """Covariance, its root, mean and trace in one array, float64 (2 D + 2, D)."""
+        assert self.covariance is not None
+        trace = torch.full_like(self.mean, self.trace)
+        return torch.cat([self.covariance, self.root, self.mean[None], trace[None]]).cpu().numpy()
+
+    @classmethod
+    def unpacked(cls, features: np.ndarray, packed: np.ndarray, device: torch.device = CPU) -> "Normal":
+        """The same again, without what it took to compute."""
+        self, width = cls.__new__(cls), features.shape[1]
+        self.features, self.device = features, device
+        self.covariance, self.root, (self.mean, trace) = double(packed, device).split([width, width, 2])
+        self.trace = float(trace[0])
+        return self
+
     @cached_property
     def root(self) -> Tensor:
         """A matrix R with R^T R the covariance: the scaled rows (N, D), or its symmetric root (D, D)."""

@@ -18,9 +18,9 @@ from ddpm.errors import UserError
 from ddpm.evaluation import distances, estimates, neighbours, pairs
 from ddpm.evaluation.card import card, rounded, write_json
 from ddpm.evaluation.estimates import Estimate, named
-from ddpm.evaluation.features import open_extractor
 from ddpm.evaluation.held_out import HeldOut, image_losses, variational_bound
 from ddpm.evaluation.neighbours import Nearest
+from ddpm.evaluation.sets import FeatureSets
 from ddpm.files import write_file
 from ddpm.runtime import processes
 from ddpm.runtime.resume import Store
@@ -61,41 +61,6 @@ class Subject:
         images, labels = self.data.test
         rows = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).astype(int)
         return HeldOut(images[rows], labels[rows] if self.unet.config.classes else None, rows)
-
-
-class FeatureSets:
-    """The features of samples, train, test and the reference, (N, D) each, and what is computed of each set once.
-
-    Attributes:
-        reference: the name of the set that samples are compared with: train, test or all.
-        extractor: what made them.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        self.reference, self.device = subject.settings.reference, subject.diffusion.device
-        self._subject, self.extractor = subject, open_extractor(subject.settings, self.device)
-        images = {"samples": subject.samples, "train": subject.data.train.images, "test": subject.data.test.images}
-        self._sets = {name: self.extract(array, name) for name, array in images.items()}
-        if self.reference == "all":
-            self._sets["all"] = np.concatenate([self._sets["train"], self._sets["test"]])
-        self._normals: dict[str, distances.Normal] = {}
-
-    def extract(self, images: np.ndarray, name: str) -> np.ndarray:
-        """The features of images, uint8 (N, H, W, C), as (N, D); `name` is that of the set."""
-        return self.extractor(images, self._subject.settings.batch_size, self.device, self._subject.store, name)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._sets[name]
-
-    def normal(self, name: str) -> distances.Normal:
-        """The normal distribution fitted to a set."""
-        if name not in self._normals:
-            self._normals[name] = distances.Normal(self[name], self.device, name)
-        return self._normals[name]
-
-    def frechet(self, a: str, b: str) -> Estimate:
-        """The Fréchet distance between two sets, with the error of another draw of the first."""
-        return distances.frechet_distance(self.normal(a), self.normal(b))
 
 
 @dataclass(frozen=True)
@@ -165,7 +130,7 @@ def evaluate(subject: Subject) -> Evaluation:
     s, drawn = subject.settings, subject.drawn
     _check_fit(subject.samples, subject.unet, subject.data.info)
     check_variance(drawn, subject.diffusion)
-    features = FeatureSets(subject)
+    features = FeatureSets(s, subject.samples, subject.data, subject.store, subject.diffusion.device)
     near = neighbours.nearest(features["samples"], features["train"], features.device)
     measured = {
         "fidelity": fidelity(subject, features),
@@ -176,11 +141,12 @@ def evaluate(subject: Subject) -> Evaluation:
     }
     values = {name: value for part, _ in measured.values() for name, value in part.items()}
     values |= {"samples": len(subject.samples), "seeds": s.seeds, "nfe": _nfe(drawn)}
-    values["reference_images"] = len(features[features.reference])
+    values |= {"reference_images": len(features[features.reference]), "train_images": len(features["train"])}
     plots = {name: measured[name][1] for name in PLOTS}
     names = [subject.data.info["classes"][i] for i in chosen_classes(drawn, subject.unet.config, subject.classes.names)]
     shown = np.argsort(~near.suspicious(), kind="stable")[:PAIRS]
-    picture = pictures.pairs(subject.samples[shown], subject.data.train.images[near.place[shown]], PAIR_COLUMNS)
+    originals = subject.data.train.images[features.rows["train"][near.place[shown]]]
+    picture = pictures.pairs(subject.samples[shown], originals, PAIR_COLUMNS)
     extractor = features.extractor
     page = card(values, s, drawn, subject.data.info, str(extractor), extractor.digest, names)
     return Evaluation(values, plots, picture, page)
@@ -188,7 +154,7 @@ def evaluate(subject: Subject) -> Evaluation:
 
 def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
     """How far the samples are from real images, and real images from each other; no plot."""
-    s, device, reference = subject.settings, features.device, features.reference
+    s, reference = subject.settings, features.reference
     samples, real = features.normal("samples"), features.normal(reference)
     distance = features.frechet("samples", reference)
     floor = distances.floor(real, len(subject.samples), s.seed)
@@ -209,8 +175,7 @@ def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
         others = (_drawn_distance(subject, features, settings).value for settings in further)
         found["_mean"] = estimates.mean(np.array([distance.value, *others]))
     found = {f"frechet_distance{which}": estimate for which, estimate in found.items()}
-    around = pairs.real_pairs(features[reference], s.neighbours, device)
-    found |= pairs.compare(features["samples"], around, s.neighbours, s.seed, device)
+    found |= pairs.compare(features["samples"], features.real_pairs(), s.neighbours, s.seed, features.device)
     return _values(found), []
 
 

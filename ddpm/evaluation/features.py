@@ -81,13 +81,12 @@ def open_extractor(settings: Evaluate, device: torch.device) -> Extractor:
     path = fetch(settings.features, settings.weights)
     if path is None:
         return Extractor(settings.features)
-    facts = {"torch": torch.__version__, "device": device.type, "precision": "float32"}
+    facts: dict[str, Any] = {}
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if settings.features.startswith(TIMM):
-            network, more = _timm(settings.features.removeprefix(TIMM), path, settings.input_size, device)
-            facts |= more
+            network, facts = _timm(settings.features.removeprefix(TIMM), path, settings.input_size, device)
         else:
             network = _inception(path, device)
         return Extractor(settings.features, network, digest, facts)

@@ -35,6 +35,15 @@ class Real:
     radii: Tensor
     kernel: float
 
+    def packed(self) -> np.ndarray:
+        """Radii and kernel in one array, float64 (M + 1,)."""
+        return np.append(self.radii.cpu().numpy(), self.kernel)
+
+    @classmethod
+    def unpacked(cls, features: np.ndarray, packed: np.ndarray, device: torch.device = CPU) -> "Real":
+        """The same again, without what it took to compute."""
+        return cls(features, torch.from_numpy(np.array(packed[:-1])).to(device), float(packed[-1]))
+
 
 class _Pairs:
     """Squared distances and kernels of the pairs of two sets, a block of rows at a time."""

@@ -7,12 +7,13 @@ from ddpm.config.load import check
 from ddpm.evaluation import card as cards
 from tests.conftest import composed
 
-DATA = {"name": "digits", "shape": [8, 8, 1], "sha256": "f8286"}
+DATA = {"name": "digits", "shape": [8, 8, 1], "counts": {"train": 1438, "test": 359}, "sha256": "f8286"}
 VALUES = {
     "frechet_distance": 0.045612, "frechet_distance_se": 0.00288, "frechet_distance_mean": 0.0467,
     "frechet_distance_mean_se": 0.00123, "frechet_distance_train": 0.0512, "frechet_distance_train_se": 0.00996,
     "frechet_distance_test": math.nan, "frechet_distance_test_se": math.nan, "precision": 1.0, "precision_se": 0.0,
     "copies": 0.0, "copies_se": 0.00071, "samples": 100_000, "seeds": 3, "nfe": 1000, "reference_images": 1797,
+    "train_images": 1438,
 }  # fmt: skip
 
 
@@ -81,6 +82,12 @@ def test_undefined_numbers_are_named_in_the_card_and_left_out(tmp_path):
     assert not {"frechet_distance_test", "frechet_distance_test_se"} & set(written)
     assert (written["frechet_distance"], written["frechet_distance_se"]) == (0.0456, 0.0029)
     assert written["samples"] == 100_000
+
+
+def test_the_card_says_where_copies_were_not_looked_for():
+    told = card(values=VALUES | {"train_images": 1000})
+    assert told["Copies are looked for in"] == "1000 of 1438 training images; those of the others are not found"
+    assert "Copies are looked for in" not in card()
 
 
 def test_a_number_without_an_error_stands_alone():

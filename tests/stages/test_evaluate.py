@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ddpm.config.load import check
 from ddpm.config.schema import NfeCurve, Sample
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.errors import UserError
-from ddpm.evaluation import distances
+from ddpm.evaluation import cache, distances
+from ddpm.evaluation.features import Extractor
 from ddpm.model_folder import save_model
 from ddpm.sampling import Classes, draw
 from stages import evaluate
@@ -186,10 +190,87 @@ def test_suspicious_pairs_are_shown_first(inside):
 
 def test_every_number_has_its_error(inside):
     values = run("evaluate.bound_images=5", "evaluate.seeds=2")
-    counts = {"samples", "seeds", "nfe", "reference_images"}
+    counts = {"samples", "seeds", "nfe", "reference_images", "train_images"}
     numbers = {name for name in values if not name.endswith("_se")} - counts
     assert {f"{name}_se" for name in numbers} == {name for name in values if name.endswith("_se")}
     assert len(numbers) >= 17
+
+
+def outputs():
+    return {name: Path("results/evaluate", name).read_bytes() for name in OUTPUTS}
+
+
+@pytest.fixture
+def network(inside):
+    """The settings for features of a small model, whose weights are in the folder."""
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), "weights.safetensors")
+    name = ("evaluate.features=timm:test_vit", "evaluate.weights=weights.safetensors", "evaluate.input_size=16")
+    return ("evaluate=dinov2", *name, "evaluate.reference=all")
+
+
+def test_features_of_a_network_are_measured_and_its_weights_named(network):
+    values = run(*network)
+    assert values["frechet_distance"] > values["frechet_distance_floor"] > 0
+    card = Path("results/evaluate/card.md").read_text()
+    assert "| timm:test_vit, images resized to 16x16 |" in card
+    assert hashlib.sha256(Path("weights.safetensors").read_bytes()).hexdigest() in card
+
+
+def test_real_images_are_extracted_once_and_give_the_same_bytes(network, monkeypatch):
+    monkeypatch.setattr(cache, "WORTH", 0)
+    monkeypatch.setattr(distances, "FLOOR_DRAWS", 2)
+    settings = (*network, "evaluate.bound_images=0", "evaluate.loss_images=2")
+    extracted = []
+    call = Extractor.__call__
+    monkeypatch.setattr(
+        Extractor, "__call__", lambda self, images, *rest: (extracted.append(rest[-1]), call(self, images, *rest))[1]
+    )
+    run(*settings)
+    first, kept = outputs(), sorted(Path(".cache/features").iterdir())
+    run(*settings)  # as another trial of a sweep
+    assert outputs() == first
+    assert extracted == ["samples", "train", "test", "samples"]
+    assert sorted(Path(".cache/features").iterdir()) == kept
+    shutil.rmtree(".cache")
+    monkeypatch.setattr(cache, "WORTH", 1e30)
+    run(*settings)
+    assert outputs() == first
+
+
+def test_other_weights_are_another_extractor(network):
+    first = run(*network, "evaluate.bound_images=0")
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit", pretrained=False).state_dict(), "weights.safetensors")
+    assert run(*network, "evaluate.bound_images=0")["frechet_distance"] != first["frechet_distance"]
+
+
+def test_pixels_of_few_images_are_not_kept(inside):
+    run()
+    assert not Path(".cache").exists()
+
+
+@pytest.mark.parametrize("reference", ["train", "test", "all"])
+def test_the_reference_is_as_large_as_stated(inside, reference):
+    """As if the data held no more images, but for the held-out loss."""
+    values = run("evaluate.reference_images=20", f"evaluate.reference={reference}", "evaluate.bound_images=0")
+    assert values["reference_images"] == 20
+    assert values["train_images"] == (13 if reference == "all" else 20)
+    parts = [np.load(f"data/prepared/{name}/images.npy") for name in ("train", "test")]
+    real = {"train": parts[0], "test": parts[1], "all": np.concatenate(parts)}[reference]
+    real = real[np.linspace(0, len(real) - 1, 20).astype(int)]
+    pair = (distances.Normal(x.reshape(len(x), -1)) for x in (np.load("samples/images.npy"), real))
+    assert values["frechet_distance"] == pytest.approx(distances.frechet_distance(*pair).value, abs=6e-3)
+    assert f"{values['train_images']} of 60 training images" in Path("results/evaluate/card.md").read_text()
+
+
+def test_a_copy_is_shown_beside_its_original_from_a_smaller_reference(inside):
+    train = np.load("data/prepared/train/images.npy")
+    rows = np.linspace(0, 59, 20).astype(int)
+    np.save("samples/images.npy", train[rows[5:]])
+    assert run("evaluate.reference_images=20", "evaluate.reference=train")["copies"] == 1
+    picture = np.asarray(Image.open("results/evaluate/neighbours.png"))
+    np.testing.assert_array_equal(picture[16:80, 16:80], picture[16:80, 82:146])
 
 
 def test_samples_equal_to_the_reference_are_at_distance_zero(inside):
