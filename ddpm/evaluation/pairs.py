@@ -93,8 +93,9 @@ def compare(
         Their errors are the spread over subsets of three quarters of the samples.
     """
     count, points = len(samples), len(real.features)
-    keep = _subsets(count, seed)
+    keep = _subsets(count, seed).to(device)
     balls, own = _sample_balls(samples, neighbours, keep, device)
+    widest = balls.nan_to_num(nan=-1.0).amax(0)
     pairs, k = _Pairs(samples, real.features, device), neighbours
     around, cross = [], []
     within = torch.zeros(len(balls), points, dtype=torch.bool, device=device)  # real images in a ball of a sample
@@ -105,9 +106,13 @@ def compare(
             inside = squares <= real.radii
             around.append(inside.sum(1))
             cross.append(kernels.mean(1))
-            filled |= keep[:, rows].to(device).float() @ inside.float() > 0
-            for held, radii in zip(within, balls, strict=True):
-                held |= (squares <= radii[rows, None]).any(0)
+            sample, image = inside.nonzero(as_tuple=True)  # few of all pairs
+            for held, kept in zip(filled, keep[:, rows], strict=True):
+                held[image[kept[sample]]] = True
+            sample, image = (squares <= widest[rows, None]).nonzero(as_tuple=True)
+            square = squares[sample, image]
+            for held, radii in zip(within, balls[:, rows], strict=True):
+                held[image[square <= radii[sample]]] = True
             bar.update(rows.stop - rows.start)
     found = dict.fromkeys(("kid", "precision", "recall", "density", "coverage"), UNDEFINED)
     if min(count, points) > 1:
@@ -131,14 +136,12 @@ def _subsets(count: int, seed: int) -> Tensor:
     return torch.from_numpy(keep)
 
 
-def _sample_balls(
-    samples: np.ndarray, neighbours: int, keep: Tensor, device: torch.device
-) -> tuple[list[Tensor], Tensor]:
+def _sample_balls(samples: np.ndarray, neighbours: int, keep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """The balls of the samples in each set of `keep`, and the mean kernel of each sample with the others, (N,).
 
     Returns:
-        For each set the squared radius of each sample, float64 (N,): NaN for one that is not in it, or that has no k-th
-        neighbour in it; and the kernels, NaN for a single sample.
+        The squared radius of each sample in each set, float64 (1 + SUBSETS, N): NaN for one that is not in it, or that
+        has no k-th neighbour in it; and the kernels, NaN for a single sample.
     """
     count, pairs = len(samples), _Pairs(samples, samples, device)
     most = min(count, 2 * neighbours + SPARE)
@@ -153,12 +156,12 @@ def _sample_balls(
             bar.update(rows.stop - rows.start)
     distances, who = torch.cat(near), torch.cat(index)
     balls = []
-    for kept in keep.to(device):
+    for kept in keep:
         number = kept[who].cumsum(1)  # the sample itself is the first
         place = (number <= neighbours).sum(1, keepdim=True)
         radii = distances.gather(1, place.clamp(max=most - 1))[:, 0]
         balls.append(torch.where(kept & (int(kept.sum()) > neighbours), radii, math.nan))
-    return balls, torch.cat(own)
+    return torch.stack(balls), torch.cat(own)
 
 
 def _spread(found: Tensor, keep: Tensor) -> Estimate:
