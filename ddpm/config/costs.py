@@ -14,10 +14,10 @@ from ddpm.config.schema import Params
 
 CPU_RATE, GPU_RATE = 1e10, 5e11  # float64 operations per second: of a CPU thread, of a GPU; low, to be safe
 MOST_HOURS = 12
-INCEPTION_FEATURES = 2048
+NETWORK_FEATURES = 2048  # Inception's; few of timm's models have more
 BASE_MEMORY = 2 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/blocks.py
 FLOOR_DRAWS, SPLITS, IMAGES_PER_FEATURE = 5, 4, 4  # of ddpm/evaluation/distances.py
-BALLS = 150  # operations that the balls of the subsets of ddpm/evaluation/pairs.py take for each pair of images
+PER_PAIR = 200  # operations for each pair of images beyond its inner product: of its distance, its kernel, its rank
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,10 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
     """
     p, samples = params.evaluate, params.sample.count
     pixels = p.features == "pixels"
-    width = prod(shape) if pixels else INCEPTION_FEATURES
-    train, test = (min(counts[name], p.reference_images or counts[name]) for name in ("train", "test"))
-    reference = {"train": train, "test": test, "all": min(train + test, p.reference_images or train + test)}[
-        p.reference
-    ]
+    width = prod(shape) if pixels else NETWORK_FEATURES
+    limit = p.reference_images or sum(counts.values())
+    train, test = min(counts["train"], limit), min(counts["test"], limit)
+    reference = {"train": train, "test": test, "all": min(train + test, limit)}[p.reference]
     further = [samples] * (p.seeds - 1) + [p.nfe_samples] * sum(len(line.steps) for line in p.nfe_curve)
     parts = [samples // k for k in range(2, SPLITS + 1) if samples // k >= IMAGES_PER_FEATURE * width for _ in range(k)]
     alone = [samples] * FLOOR_DRAWS + parts  # sets that are compared with the reference, without an error
@@ -53,9 +52,8 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
         + sum(60 * width**3 for count in (reference, train, test) if count > width)  # the root of a covariance
         + sum(_pair(*pair, width, vectors=True).operations for pair in pairs)
         + sum(_pair(count, reference, width).operations for count in alone)
-        + 2 * width * (samples**2 + reference**2)  # kernels and neighbourhoods
-        + (2 * width + BALLS) * samples * reference
-        + 2 * width * train * (samples + test)  # nearest neighbours
+        + (2 * width + PER_PAIR) * (samples**2 + reference**2 + samples * reference)  # kernels and neighbourhoods
+        + (2 * width + PER_PAIR) * train * (samples + test)  # nearest neighbours
     )
     kept = 16 * width**2 * sum(count > width for count in sets[:4])  # covariances and their roots
     features = (train + test + reference + 2 * samples) * width * (1 if pixels else 4)

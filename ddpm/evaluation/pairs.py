@@ -56,8 +56,9 @@ class _Pairs:
         """Of these rows of a and all of b: the squared distances and the cubic kernels (Binkowski et al. 2018),
         float64 (rows, M) each."""
         inner = products(self.a[rows], self.b, self.device)
-        squares = self._norms[0][rows, None] + self._norms[1] - 2 * inner
-        return squares, (inner / (self.a.shape[1] * unit(self.a) ** 2) + 1) ** 3
+        kernels = (inner / (self.a.shape[1] * unit(self.a) ** 2)).add_(1).pow_(3)
+        squares = inner.mul_(-2).add_(self._norms[0][rows, None]).add_(self._norms[1])  # in place: a block is large
+        return squares, kernels
 
 
 def _own_kernel(kernels: Tensor, rows: slice) -> Tensor:
