@@ -26,7 +26,7 @@ PARTS = {
     "nearest": "nearest training images",
 }
 FILE = RESULTS / "distances.json"
-CPU_RATE = 2e10  # operations a second, to know what fits the minutes
+CPU_RATE = 8e9  # operations per second, low, to know what fits the minutes
 
 
 def operations(part: str, samples: int, real: int, width: int) -> float:

@@ -36,15 +36,15 @@ def products(a: np.ndarray, b: np.ndarray, device: torch.device, means: tuple[Te
     Args:
         means: what to subtract from all rows of a and of b, float64 (D,) each.
     """
-    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=device)
+    out = None
     width = max(1, BLOCK // max(1, len(a) + len(b)))
     for start in range(0, a.shape[1], width):
         columns = slice(start, start + width)
         left, right = double(a[:, columns], device), double(b[:, columns], device)
         if means is not None:
             left, right = left - means[0][columns], right - means[1][columns]
-        out.addmm_(left, right.T)
-    return out
+        out = left @ right.T if out is None else out.addmm_(left, right.T)
+    return torch.zeros(len(a), len(b), dtype=torch.float64, device=device) if out is None else out
 
 
 def square_norms(features: np.ndarray, device: torch.device) -> Tensor:

@@ -75,7 +75,7 @@ def _two_nearest(queries: np.ndarray, points: np.ndarray, norms: Tensor, device:
     index = torch.zeros(len(queries), 2, dtype=torch.int64, device=device)
     for start in range(0, len(points), POINTS):
         some = slice(start, start + POINTS)
-        squares = norms[some] - 2 * products(queries, points[some], device)  # |p - q|^2 - |q|^2
+        squares = products(queries, points[some], device).mul_(-2).add_(norms[some])  # |p - q|^2 - |q|^2
         for _ in range(min(2, squares.shape[1])):
             value, place = squares.min(dim=1, keepdim=True)
             squares.scatter_(1, place, math.inf)

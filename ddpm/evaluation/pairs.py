@@ -75,7 +75,8 @@ def real_pairs(features: np.ndarray, neighbours: int, device: torch.device = CPU
         for rows in row_blocks(features, count):
             squares, kernels = pairs.block(rows)
             far = torch.full((len(squares),), math.nan, dtype=torch.float64, device=device)
-            radii.append(squares.kthvalue(neighbours + 1).values if neighbours < count else far)
+            nearest = squares.topk(min(neighbours + 1, count), largest=False).values
+            radii.append(nearest[:, -1] if neighbours < count else far)
             kernel += float(_own_kernel(kernels, rows).sum()) / count if count > 1 else math.nan
             bar.update(rows.stop - rows.start)
     return Real(features, torch.cat(radii), kernel)
