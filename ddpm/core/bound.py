@@ -77,6 +77,7 @@ def bound_sums(
     noise: Callable[[], Tensor],
     variance: Variance,
     on_step: Callable[[], object] = lambda: None,
+    at_once: int = 1,
 ) -> np.ndarray:
     """Evaluate every term on a batch: the sums over its images that `Bound.of` takes, float64 (3, T).
 
@@ -85,25 +86,32 @@ def bound_sums(
         noise: gives the next standard normal (B, C, H, W), one for each t = 0 ... T-1.
         variance: of the reverse process, as for sampling; fixed_large is the better bound for few training steps.
         on_step: called after each of the T network evaluations.
+        at_once: of these evaluations, as one batch (at_once * B, C, H, W) in which the images are repeated; it divides
+            T. The model is that of such a batch.
     """
     sums = np.zeros((3, diffusion.timesteps))
     whole = diffusion.prior_term(x0).double()
     sums[2, 0] = whole.sum().item()
-    for step in range(diffusion.timesteps):
-        term, error = _term(model, diffusion, x0, step, noise(), variance)
-        sums[0, step] = term.double().sum().item()
-        sums[1, step] = error.double().sum().item()
-        whole += term.double()
-        on_step()
+    images = x0.repeat(at_once, 1, 1, 1)
+    for first in range(0, diffusion.timesteps, at_once):
+        t = torch.arange(first, first + at_once, device=x0.device).repeat_interleave(len(x0))
+        noises = torch.cat([noise() for _ in range(at_once)])
+        terms, errors = (
+            part.double().view(at_once, -1) for part in _term(model, diffusion, images, t, noises, variance)
+        )
+        sums[0, first : first + at_once] = terms.sum(1).cpu().numpy()
+        sums[1, first : first + at_once] = errors.sum(1).cpu().numpy()
+        whole += terms.sum(0)
+        for _ in range(at_once):
+            on_step()
     sums[2, 1] = whole.square().sum().item()
     return sums
 
 
 def _term(
-    model: Model, diffusion: GaussianDiffusion, x0: Tensor, step: int, noise: Tensor, variance: Variance
+    model: Model, diffusion: GaussianDiffusion, x0: Tensor, t: Tensor, noise: Tensor, variance: Variance
 ) -> tuple[Tensor, Tensor]:
-    """The term of one timestep and the squared error of its prediction of x_0, each (B,)."""
-    t = torch.full((len(x0),), step, device=x0.device)
+    """The term of each image's timestep and the squared error of its prediction of x_0, each (B,)."""
     x_t = diffusion.q_sample(x0, t, noise)
     output, share = diffusion.split(model(x_t, t))
     predicted = diffusion.predict_x0(x_t, t, output).clamp(-1, 1)

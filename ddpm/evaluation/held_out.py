@@ -32,7 +32,9 @@ class HeldOut:
     labels: np.ndarray | None = None
     numbers: np.ndarray | None = None
 
-    def given(self, model: Callable[..., Tensor], rows: slice, device: torch.device) -> tuple[Model, Tensor]:
+    def given(
+        self, model: Callable[..., Tensor], rows: slice | np.ndarray, device: torch.device
+    ) -> tuple[Model, Tensor]:
         """The network given the labels of these rows, and the images, float32 (B, C, H, W) in [-1, 1]."""
         labels = None if self.labels is None else torch.from_numpy(np.array(self.labels[rows])).to(device)
         return conditioned(model, labels), to_model_range(as_tensor(self.images[rows]).to(device))
@@ -121,11 +123,15 @@ def variational_bound(
     store: Store | None = None,
 ) -> Bound:
     """Every term of the bound on every image (of a class-conditional network, given its class): T network evaluations
-    per image. Arguments as for `held_out_loss`; variance as for `bound_sums`."""
+    per image, of several timesteps at once where a batch is larger than the images. Arguments as for `held_out_loss`;
+    variance as for `bound_sums`."""
     count, steps = len(held_out.images), diffusion.timesteps
 
     def one_batch(rows: slice) -> np.ndarray:
-        given, x0 = held_out.given(model, rows, diffusion.device)
+        numbers = np.arange(rows.start, rows.stop)
+        at_once = max(k for k in range(1, 1 + max(1, batch_size // len(numbers))) if steps % k == 0)
+        given, _ = held_out.given(model, np.tile(numbers, at_once), diffusion.device)
+        _, x0 = held_out.given(model, rows, diffusion.device)
         draws = held_out.generators(seed, "bound", rows)
         return bound_sums(
             given,
@@ -134,6 +140,7 @@ def variational_bound(
             lambda: normal(draws, x0.shape[1:], diffusion.device),
             variance,
             lambda: bar.update(len(x0)),
+            at_once,
         )
 
     totals = np.zeros((3, steps))

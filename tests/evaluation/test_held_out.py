@@ -192,6 +192,17 @@ def test_a_fixed_variance_makes_the_bound_looser():
     assert 1.01 * entropy < large < 1.05 * entropy < small
 
 
+def test_timesteps_at_once_are_given_the_labels_of_their_images():
+    images, _ = gaussian_images(6, 127.5, 40.0)
+    d, unet = GaussianDiffusion(DiffusionConfig(20, "cosine", "v")), small_unet(num_class_embeds=3)
+    held, other = HeldOut(images, np.array([0, 1, 2, 2, 1, 0])), HeldOut(images, np.array([0, 1, 2, 2, 1, 1]))
+    options = {"variance": "fixed_large", "seed": 0}
+    one = variational_bound(unet, d, held, batch_size=6, **options)
+    several = variational_bound(unet, d, held, batch_size=64, **options)  # of 10 timesteps
+    np.testing.assert_allclose(several.terms, one.terms, rtol=1e-4, atol=1e-6)
+    assert variational_bound(unet, d, other, batch_size=64, **options).bits_per_dim != several.bits_per_dim
+
+
 def test_the_bound_has_the_error_of_its_images_in_any_batches():
     images, _ = gaussian_images(9, 127.5, 40.0)
     d = GaussianDiffusion(DiffusionConfig(20, "cosine", "v"))
