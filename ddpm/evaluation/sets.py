@@ -78,6 +78,7 @@ class FeatureSets:
         if self.reference == "all":
             self._sets["all"] = np.concatenate([self._sets["train"], self._sets["test"]])
         self._normals: dict[str, Normal] = {}
+        self._distances: dict[tuple[str, str], Estimate] = {}
 
     def _kept(self, name: str, what: str, compute: Callable[[], np.ndarray], **more: Any) -> np.ndarray:
         return self._cache.array(self._facts | {"set": name, "what": what} | more, compute)
@@ -102,7 +103,9 @@ class FeatureSets:
 
     def frechet(self, a: str, b: str) -> Estimate:
         """The Fréchet distance between two sets, with the error of another draw of the first."""
-        return distances.frechet_distance(self.normal(a), self.normal(b))
+        if (a, b) not in self._distances:
+            self._distances[a, b] = distances.frechet_distance(self.normal(a), self.normal(b))
+        return self._distances[a, b]
 
     def real_pairs(self) -> pairs.Real:
         """The neighbourhoods and the kernel of the reference."""

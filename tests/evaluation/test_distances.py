@@ -135,7 +135,7 @@ def test_the_distance_has_the_error_of_another_draw(mean, std):
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.3, 1.2)])
-def test_the_extrapolated_distance_holds_that_of_infinitely_many_samples(mean, std):
+def test_the_extrapolated_distance_holds_that_of_infinite_samples(mean, std):
     real = Normal(REAL)
     truth = np.square(REAL.mean(0) - mean).sum() + np.square(std - np.sqrt(np.linalg.eigvalsh(np.cov(REAL.T)))).sum()
 

@@ -27,7 +27,7 @@ def test_the_two_nearest_points_are_found_across_all_chunks(dtype):
     assert near.first[17] == near.first[999] == 0  # a copy
 
 
-def test_of_equal_training_images_the_first_is_the_nearest_and_no_second():
+def test_of_equal_training_images_only_the_first_is_near():
     points = np.tile(gaussian(10), (2000, 1))
     near = nearest(points[13:14], points)
     assert near.place == [3]

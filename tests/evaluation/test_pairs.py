@@ -55,7 +55,7 @@ def test_samples_of_one_mode_have_precision_but_no_recall():
     assert found["kid"].value > 10 * found["kid"].error
 
 
-def test_one_outlier_among_the_real_images_widens_precision_but_not_density():
+def test_an_outlier_among_real_images_moves_precision_not_density():
     real = np.concatenate([gaussian(300, std=0.1), np.full((1, 8), 30.0)])
     found = measure(gaussian(300, mean=2.0, std=0.1, seed=1), real)
     assert found["precision"].value == 1
