@@ -66,6 +66,8 @@ def file_fault(features: str, weights: str | None) -> str | None:
         return f"there is no such file; {advice}"
     if features.startswith(TIMM) and not _is_safetensors(path):
         return f"is no file of safetensors; {advice}"
+    if not features.startswith(TIMM) and not _is_torchs(path):
+        return f"is no file that torch has saved; {advice}"
     return None
 
 
@@ -82,6 +84,12 @@ def _is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return path.suffix == ".safetensors" and file.read(1) == b"{" and length + 8 <= path.stat().st_size
+
+
+def _is_torchs(path: Path) -> bool:
+    """Whether it begins as what torch.save writes: a zip archive, or before torch 1.6 a pickle."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
 
 
 def fetch(features: str, weights: str | None) -> Path | None:

@@ -49,8 +49,8 @@ def test_what_needs_no_data_is_refused_by_every_stage(overrides, line, monkeypat
 
 def test_what_is_there_and_what_fits_is_allowed(tmp_path):
     (tmp_path / "unet").mkdir()
-    for name in ("weights.pth", "unet/config.json"):
-        (tmp_path / name).touch()
+    (tmp_path / "unet/config.json").touch()
+    (tmp_path / "weights.pth").write_bytes(b"PK")
     check(composed("evaluate=inception", f"evaluate.weights={tmp_path}/weights.pth"))
     check(composed(f"train.init_from={tmp_path}"))
     check(composed(f"train.init_from={tmp_path}/unet"))  # flat, as the first models for diffusers are

@@ -83,6 +83,13 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path, weights):
         assert "is no file of safetensors; give the file model.safetensors of huggingface.co/timm/test_vit.r160" in line
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>", b"P"])
+def test_a_page_in_place_of_inceptions_weights_is_refused(tmp_path, content):
+    (tmp_path / "weights.pth").write_bytes(content)
+    line = fault("evaluate=inception", f"evaluate.weights={tmp_path}/weights.pth")
+    assert "is no file that torch has saved; give the file weights-inception-2015-12-05-6726825d.pth of" in line
+
+
 @pytest.mark.parametrize("choice", [TINY, ("evaluate=inception",)])
 def test_without_network_and_weights_the_first_stage_stops(tmp_path, monkeypatch, choice):
     from huggingface_hub import constants
