@@ -58,15 +58,25 @@ class Peak(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.mib = 0.0
+        self.mib, self._done = 0.0, threading.Event()
+        self.look()
         self.start()
 
+    def look(self) -> None:
+        """Look once."""
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        self.mib = max(self.mib, int(status["RssAnon"].split()[0]) / 1024)
+
     def run(self) -> None:
-        """Look, until the process ends."""
-        while True:
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.mib = max(self.mib, int(status["RssAnon"].split()[0]) / 1024)
-            time.sleep(0.02)
+        """Look, until `stop`."""
+        while not self._done.wait(0.02):
+            self.look()
+
+    def stop(self) -> float:
+        """The most so far, in MiB."""
+        self._done.set()
+        self.join()
+        return self.mib
 
 
 def cell(tell: Tell, part: str, samples: str, real: str) -> None:
@@ -87,8 +97,8 @@ def cell(tell: Tell, part: str, samples: str, real: str) -> None:
     work[part]()
     if device.type == "cuda":
         torch.cuda.synchronize()
-        peak.mib = max(peak.mib, torch.cuda.max_memory_allocated() / 2**20)
-    tell({"seconds": time.perf_counter() - start, "mib": peak.mib})
+    seconds, mib = time.perf_counter() - start, peak.stop()
+    tell({"seconds": seconds, "mib": max(mib, torch.cuda.max_memory_allocated() / 2**20)})
 
 
 def measure(minutes: float) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from ddpm.config.schema import Params
 CPU_RATE, GPU_RATE = 1e10, 5e11  # float64 operations per second: of a CPU thread, of a GPU; low, to be safe
 MOST_HOURS = 12
 NETWORK_FEATURES = 2048  # Inception's; few of timm's models have more
-BASE_MEMORY = 2 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/blocks.py
+BASE_MEMORY = 3 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/blocks.py
 FLOOR_DRAWS, SPLITS, IMAGES_PER_FEATURE = 5, 4, 4  # of ddpm/evaluation/distances.py
 PER_PAIR = 200  # operations for each pair of images beyond its inner product: of its distance, its kernel, its rank
 

@@ -357,6 +357,7 @@ SAID = {
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
+    "python -m benchmarks.distances": "test_benchmarks.py",
     "make states ADOPT=<name>": "../runtime/test_resume.py",
     "dvc queue logs <name>": "pipeline/test_dvc.py",
     "wandb login": "test_tracking.py",
