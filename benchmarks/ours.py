@@ -164,7 +164,7 @@ def distance(samples: np.ndarray, real: np.ndarray) -> float:
     from ddpm.evaluation.distances import Normal, frechet_distance
 
     a, b = (Normal(images.reshape(len(images), -1)) for images in (samples, real))
-    return frechet_distance(a, b)
+    return frechet_distance(a, b).value
 
 
 def quality(tell: Tell, images: str, count: int, out: str) -> None:

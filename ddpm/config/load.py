@@ -22,8 +22,11 @@ RENAMED = {
     "train.log_every": "train.log_every_steps",
     "train.sample_every": "train.preview_every_epochs",
     "train.save_every": "train.save_every_seconds",
+    "evaluate.inception_weights": "evaluate.weights",
 }
-# Settings that not every choice of their group can use: the setting that decides, and its values that use them
+REMOVED = {"evaluate.kid_subset_size": "removed, since KID takes all pairs of images; delete the line"}
+# Settings that not every choice of their group can use: the setting that decides, and its values that use them (of
+# `timm:<name>` the first part)
 USED_BY = {
     "dataset.test_fraction": ("name", ("digits", "folder")),
     "dataset.on_broken": ("name", ("folder",)),
@@ -31,8 +34,10 @@ USED_BY = {
     "diffusion.beta_start": ("schedule", ("linear", "sigmoid")),
     "diffusion.beta_end": ("schedule", ("linear", "sigmoid")),
     "sample.eta": ("sampler", ("ddim",)),
-    "evaluate.inception_weights": ("features", ("inception",)),
+    "evaluate.weights": ("features", ("inception", "timm")),
+    "evaluate.input_size": ("features", ("timm",)),
 }
+FILES = {"timm": "dinov2"}  # of conf/, where it has another name than the choice
 WATCHED = "requirements.txt"  # dataset.path of every set but folder: what DVC watches
 
 
@@ -121,6 +126,8 @@ def _schema_line(path: str, fault: Any) -> str:
         return f"{path}: missing; add it, or compose the file again from conf/ (make params)"
     if path in RENAMED:
         message = f"renamed to {RENAMED[path]}"
+    elif path in REMOVED:
+        message = REMOVED[path]
     elif fault["type"] == "extra_forbidden":
         names = _field_names(fault["loc"])
         message = f"unknown key{near(str(fault['loc'][-1]), names)}; allowed: {', '.join(names)}"
@@ -192,9 +199,11 @@ def _used(params: Params) -> Faults:
         name, _, setting = path.partition(".")
         section = getattr(params, name)
         choice = getattr(section, decisive)
-        given, used = setting in section.model_fields_set, choice in users
+        kind = choice.partition(":")[0]
+        given, used = setting in section.model_fields_set, kind in users
         if used and not given:
-            yield path, f"missing, and {name}.{decisive} = {choice!r} uses it; add it as in conf/{name}/{users[0]}.yaml"
+            file = FILES.get(kind, users[0])
+            yield path, f"missing, and {name}.{decisive} = {choice!r} uses it; add it as in conf/{name}/{file}.yaml"
         if path == "sample.eta" and any(line.sampler in users for line in params.evaluate.nfe_curve):
             continue  # the curve draws by DDIM, too
         if given and not used:

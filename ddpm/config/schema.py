@@ -5,9 +5,10 @@ Imports neither torch nor NumPy, as all of ddpm/config: a wrong value must stop 
 environment that makes results reproducible must be set before either is loaded.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -188,6 +189,12 @@ class Sample(Section):
     grid: Count
 
 
+def _extractor(value: str) -> str:
+    if value in ("pixels", "inception") or re.fullmatch(r"timm:\w+(\.[\w.-]+)?", value):
+        return value
+    raise ValueError("should be pixels, inception, or timm:<name> of a model of the library timm")
+
+
 class NfeCurve(Section):
     """One line of the Fréchet distance against the network evaluations: a sampler at several numbers of steps."""
 
@@ -200,11 +207,12 @@ class Evaluate(Section):
 
     seed: Seed
     seeds: Annotated[int, Field(ge=1, le=100)]
-    features: Literal["pixels", "inception"]
-    inception_weights: str | None = None
+    features: Annotated[str, AfterValidator(_extractor)]
+    weights: Annotated[str, Field(min_length=1)] | None = None
+    input_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     reference: Literal["train", "test", "all"]
+    reference_images: Annotated[int, Field(ge=2, lt=2**31)] | None
     neighbours: Count
-    kid_subset_size: Annotated[int, Field(ge=2)]
     batch_size: Count
     loss_bins: Count
     loss_images: Count | None

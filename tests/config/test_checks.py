@@ -34,8 +34,8 @@ def faults(*overrides, **changes):
         (("train.init_from=models/ddpm",), "train.init_from = 'models/ddpm': is removed before each training; start"),
         (("train.init_from=./models/../models/ddpm",), "is removed before each training"),
         (
-            ("evaluate=inception", "evaluate.inception_weights=no.pth"),
-            "evaluate.inception_weights = 'no.pth': there is no such file; give weights-inception-2015-12-05-6726825d",
+            ("evaluate=inception", "evaluate.weights=no.pth"),
+            "evaluate.weights = 'no.pth': there is no such file; give the file weights-inception-2015-12-05",
         ),
     ],
 )
@@ -49,9 +49,9 @@ def test_what_needs_no_data_is_refused_by_every_stage(overrides, line, monkeypat
 
 def test_what_is_there_and_what_fits_is_allowed(tmp_path):
     (tmp_path / "unet").mkdir()
-    for name in ("weights.pth", "unet/config.json"):
-        (tmp_path / name).touch()
-    check(composed("evaluate=inception", f"evaluate.inception_weights={tmp_path}/weights.pth"))
+    (tmp_path / "unet/config.json").touch()
+    (tmp_path / "weights.pth").write_bytes(b"PK")
+    check(composed("evaluate=inception", f"evaluate.weights={tmp_path}/weights.pth"))
     check(composed(f"train.init_from={tmp_path}"))
     check(composed(f"train.init_from={tmp_path}/unet"))  # flat, as the first models for diffusers are
     check(composed("train.steps=100"))

@@ -75,7 +75,8 @@ VALUES = {
     "diffusion.beta_start": 1e-4,
     "diffusion.beta_end": 0.02,
     "sample.eta": 0.0,
-    "evaluate.inception_weights": None,
+    "evaluate.weights": None,
+    "evaluate.input_size": None,
 }
 
 
@@ -87,9 +88,10 @@ def test_a_setting_that_a_choice_cannot_use_is_refused(path):
     for file in sorted((ROOT / "conf" / section).glob("*.yaml")):
         tree = composed(f"{section}={file.stem}")
         choice = tree[section][decisive]
-        assert (setting in tree[section]) == (choice in users), file
+        used = choice.partition(":")[0] in users
+        assert (setting in tree[section]) == used, file
         check(tree)
-        if choice not in users:
+        if not used:
             tree[section][setting] = VALUES[path]
             assert faults(tree) == [
                 f"params.yaml: {path} = {VALUES[path]!r}: has no effect where {section}.{decisive} = {choice!r}; "
@@ -103,12 +105,13 @@ def test_a_setting_that_a_choice_cannot_use_is_refused(path):
 def test_a_setting_that_a_choice_uses_has_to_be_there(path, choice):
     section, _, setting = path.partition(".")
     decisive, users = USED_BY[path]
-    group = choice if section == "dataset" else users[0]
+    group = choice if section == "dataset" else "dinov2" if choice == "timm" else users[0]
+    choice = "timm:test_vit.r160_in1k" if choice == "timm" else choice
     tree = composed(f"{section}={group}", f"{section}.{decisive}={choice}")
     del tree[section][setting]
     assert faults(tree) == [
         f"params.yaml: {path}: missing, and {section}.{decisive} = {choice!r} uses it; add it as in "
-        f"conf/{section}/{users[0]}.yaml"
+        f"conf/{section}/{users[0] if section == 'dataset' else group}.yaml"
     ]
 
 
@@ -122,7 +125,7 @@ def test_eta_is_of_use_where_a_curve_draws_by_ddim():
 def test_a_setting_left_out_has_the_value_that_it_had_in_its_group():
     params = check(composed())
     assert (params.diffusion.beta_start, params.diffusion.beta_end) == (1e-4, 0.02)
-    assert params.evaluate.inception_weights is None
+    assert params.evaluate.weights is None
     assert check(composed("sample=ddpm")).sample.eta == check(composed("sample=dpm_solver")).sample.eta == 0
 
 
@@ -130,8 +133,17 @@ def test_a_setting_left_out_has_the_value_that_it_had_in_its_group():
 def test_a_renamed_setting_is_answered_with_its_new_name(old, new):
     former, present = old.replace(".", "__"), new.replace(".", "__")
     line = f"params.yaml: {old} = 25: renamed to {new}"
-    assert only_fault(**{former: 25, present: DELETED}) == line
+    section, _, name = new.partition(".")
+    if name in composed()[section]:
+        assert only_fault(**{former: 25, present: DELETED}) == line
     assert only_fault(**{former: 25}) == line  # both
+
+
+def test_a_removed_setting_is_answered_with_the_reason():
+    line = only_fault(evaluate__kid_subset_size=500)
+    assert line == (
+        "params.yaml: evaluate.kid_subset_size = 500: removed, since KID takes all pairs of images; delete the line"
+    )
 
 
 def test_a_path_with_a_tilde_is_refused_with_what_to_type():

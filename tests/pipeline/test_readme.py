@@ -379,6 +379,7 @@ SAID = {
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
+    "python -m benchmarks.distances": "test_benchmarks.py",
     "make states ADOPT=<name>": "../runtime/test_resume.py",
     "make verdict": "../tools/test_verdict.py",
     "dvc exp push": "pipeline/test_search.py",

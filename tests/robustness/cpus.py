@@ -38,7 +38,6 @@ OVERRIDES = (
     "sample.batch_size=16",
     "sample.steps=4",
     "sample.grid=16",
-    "evaluate.kid_subset_size=20",
     "evaluate.loss_bins=2",
     "evaluate.loss_images=16",
     "evaluate.nfe_samples=8",

@@ -34,7 +34,6 @@ TRAINING = (
     "sample.steps=4",
     "evaluate.batch_size=100",
     "evaluate.loss_images=200",
-    "evaluate.kid_subset_size=20",
     "evaluate.bound_images=0",
 )
 

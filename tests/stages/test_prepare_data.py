@@ -100,8 +100,8 @@ EPOCH = ("train.steps=null", "train.epochs=1")
         (("model.class_conditional=true", "sample.classes=[3, x]", *EPOCH, "train.warmup_steps=2"),
          ["train.warmup_steps = 2: longer than the training", "sample.classes = [3, 'x']: 'x' is not a class of"]),
         (("train.steps=99",), ["train.warmup_steps = 100: longer than the training"]),
-        (("train.init_from=nowhere", "evaluate=inception", "evaluate.inception_weights=none.pth"),
-         ["evaluate.inception_weights = 'none.pth': there is no such file", "train.init_from = 'nowhere': there"]),
+        (("train.init_from=nowhere", "evaluate=inception", "evaluate.weights=none.pth"),
+         ["evaluate.weights = 'none.pth': there is no such file", "train.init_from = 'nowhere': there"]),
     ],
 )  # fmt: skip
 def test_faults_of_later_stages_are_reported_by_the_first(
