@@ -61,15 +61,9 @@ class Muon(Optimizer):
         buffers = [self.state[weight]["momentum"] for weight in weights]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        # matrices of one shape are worked on together
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for i, weight in enumerate(weights):
-            shapes.setdefault((len(weight), weight[0].numel()), []).append(i)
-        for (rows, columns), places in shapes.items():
-            stack = torch.stack([ahead[i].reshape(rows, columns) for i in places])
-            scale = 0.2 * max(rows, columns) ** 0.5
-            for i, update in zip(places, orthogonalised(stack), strict=True):
-                weights[i].add_(update.view(weights[i].shape), alpha=-group["lr"] * scale)
+        for weight, update in zip(weights, orthogonalised([gradient.flatten(1) for gradient in ahead]), strict=True):
+            scale = 0.2 * max(update.shape) ** 0.5
+            weight.add_(update.view(weight.shape), alpha=-group["lr"] * scale)
 
     def _adam_step(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         for weight in weights:
@@ -96,19 +90,36 @@ class Muon(Optimizer):
         )
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
+def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
     """The nearest orthogonal matrices, roughly: singular values of about 0.7 to 1.2 (Jordan et al. 2024).
 
-    Five steps of a Newton-Schulz iteration, which needs products of matrices alone.
+    Five steps of a Newton-Schulz iteration, which needs products of matrices alone: X <- (a + b G + c G^2) X, where
+    G = X X^T. Each factor is a polynomial of G, so that their product can be had from the first G, a small square, and
+    X is multiplied once. Squares of one size are worked on together.
 
     Args:
-        matrices: float32 (N, rows, columns); one of zeros stays zero.
+        matrices: float32 (rows, columns) each; one of zeros stays zero.
     """
+    wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]
+    sizes: dict[int, list[int]] = {}
+    for i, x in enumerate(wide):
+        sizes.setdefault(len(x), []).append(i)
+    found = list(wide)
+    for places in sizes.values():
+        products = _product_of_factors(torch.stack([wide[i] @ wide[i].mT for i in places]))
+        for i, product in zip(places, products, strict=True):
+            found[i] = product @ wide[i]
+    return [x.mT if x.shape != like.shape else x for x, like in zip(found, matrices, strict=True)]
+
+
+def _product_of_factors(grams: Tensor) -> Tensor:
+    """The product of the factors a + b G + c G^2 of all steps, for the G of each matrix before the first: (N, m, m)."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    scaled = a * torch.eye(grams.shape[1], device=grams.device)
+    product = factor = torch.baddbmm(grams, grams, grams, beta=b, alpha=c) + scaled
+    for _ in range(ITERATIONS - 1):
+        grams = factor @ grams @ factor
+        factor = torch.baddbmm(grams, grams, grams, beta=b, alpha=c) + scaled
+        product = factor @ product
+    return product

@@ -1,12 +1,11 @@
 import copy
 import io
 
-import pytest
 import torch
 
 from ddpm.config.targets import OPTIMIZER, build
 from ddpm.core.unet import UNet, initialise
-from ddpm.training.muon import ENDS, Muon, orthogonalised
+from ddpm.training.muon import ENDS, NEWTON_SCHULZ, Muon, orthogonalised
 from tests.conftest import small_unet
 
 NODE = {"_target_": "ddpm.training.muon.Muon", "lr": 0.01}
@@ -29,25 +28,42 @@ def step(model: UNet, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 72), (2, 72, 8), (1, 1, 5)])
-def test_singular_values_come_near_one(shape):
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalised(matrices))
-    if shape[1] != shape[2]:  # a square one may be nearly singular, and stays so
-        assert values.min() > 0.6
-    assert values.max() < 1.3
+SHAPES = [(16, 72), (72, 16), (1, 5), (16, 16), (16, 40), (9, 9)]  # of one size, and others
+
+
+def matrices(seed: int) -> list[torch.Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draws) for shape in SHAPES]
+
+
+def test_singular_values_come_near_one():
+    for matrix in orthogonalised(matrices(0)):
+        values = torch.linalg.svdvals(matrix)
+        if len(set(matrix.shape)) == 2:  # a square one may be nearly singular, and stays so
+            assert values.min() > 0.6
+        assert values.max() < 1.3
 
 
 def test_singular_vectors_are_kept():
-    matrices = torch.randn(2, 8, 72, generator=torch.Generator().manual_seed(1))
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    inner = u.mT @ orthogonalised(matrices) @ v.mT
-    off = inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))
-    torch.testing.assert_close(off, torch.zeros_like(off), atol=1e-4, rtol=0)
+    for matrix, found in zip(matrices(1), orthogonalised(matrices(1)), strict=True):
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.mT @ found @ v.mT
+        torch.testing.assert_close(inner, torch.diag(inner.diag()), atol=1e-4, rtol=0)
+
+
+def test_the_iteration_is_that_of_its_authors():
+    """Their form multiplies the whole matrix in each step."""
+    a, b, c = NEWTON_SCHULZ
+    for matrix, found in zip(matrices(2), orthogonalised(matrices(2)), strict=True):
+        x = matrix.double() / matrix.double().norm()
+        for _ in range(5):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        torch.testing.assert_close(found.double(), x, atol=1e-4, rtol=0)
 
 
 def test_a_matrix_of_zeros_stays_zero():
-    assert not orthogonalised(torch.zeros(2, 3, 4)).any()
+    assert not orthogonalised([torch.zeros(3, 4)])[0].any()
 
 
 def test_matrices_are_updated_by_the_same_size_and_the_rest_as_adam_does():
@@ -74,7 +90,7 @@ def test_a_channels_last_network_takes_the_same_steps():
         step(model, ours, seed)
         step(last, theirs, seed)
     for a, b in zip(model.parameters(), last.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
 
 
 def test_a_saved_optimizer_resumes_in_the_same_bytes():
