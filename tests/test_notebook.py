@@ -47,7 +47,7 @@ def test_the_notebook_draws_what_the_stage_draws_with_the_core_alone(tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
-    params = composed("sample.count=16", "sample.steps=5", "diffusion.timesteps=20")["sample"]
+    params = composed("sample=ddim", "sample.count=16", "sample.steps=5", "diffusion.timesteps=20")["sample"]
     model = load_model(tmp_path / "models/ddpm")
     stage = draw(model.unet, GaussianDiffusion(diffusion), Sample.model_validate(params), Classes(model.classes))
     drawn = np.load(tmp_path / "docs/images.npy")

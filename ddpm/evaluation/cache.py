@@ -57,15 +57,14 @@ def _read(path: Path) -> np.ndarray | None:
                 digest.update(part)
                 rest -= len(part)
             sound = file.read() == digest.digest()
-    except FileNotFoundError:
+        array: np.ndarray | None = np.lib.format.open_memmap(path, mode="r") if sound else None
+    except FileNotFoundError:  # by now, too: a person may delete the folder at any time
         return None
     except OSError as error:
         print(f"{path}: not readable, computed again: {error.strerror}", file=sys.stderr)
         return None
     if not sound:
         print(f"{path}: damaged, computed again", file=sys.stderr)
-        return None
-    array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     return array
 
 

@@ -63,33 +63,9 @@ def card(
     """
 
     numbers = rounded(values)
-
-    def shown(*names: str) -> str:
-        return " / ".join(measured(numbers, name) if name in numbers else "not defined" for name in names)
-
-    distance = "FID" if evaluate.features == "inception" else "Fréchet distance"
+    rows = _results(numbers, evaluate, sample.variance)
     noise = {"ddim": f", eta {sample.eta:g}", "ddpm": f", variance {sample.variance}", "dpm_solver": ""}[sample.sampler]
-    rows = {"Every ±": "the standard error over samples and held-out images; network and real images as they are"}
-    rows[distance] = shown("frechet_distance")
-    if evaluate.seeds > 1:
-        rows[f"{distance}, mean of {evaluate.seeds} seeds"] = shown("frechet_distance_mean")
     rows |= {
-        f"{distance} of a perfect sampler": f"{shown('frechet_distance_floor')} (as many real images, resampled)",
-        f"{distance} / that of a perfect sampler": shown("frechet_distance_ratio"),
-        f"{distance}, infinitely many samples": shown("frechet_distance_infinite"),
-        f"{distance} to train / to test": shown("frechet_distance_train", "frechet_distance_test"),
-        f"{distance}, test to train": shown("frechet_distance_real_test"),
-        "KID": shown("kid"),
-        "Precision / recall": shown("precision", "recall"),
-        "Density / coverage": shown("density", "coverage"),
-        "Memorisation ratio": f"{shown('memorisation_ratio')} (1: as new as held-out images; 0: copies)",
-        "Copies: share of samples / of held-out images": shown("copies", "copies_held_out"),
-        "Held-out loss": shown("held_out_loss"),
-    }
-    if "held_out_bound_loss" in values:
-        rows["Held-out loss, the bound's part"] = shown("held_out_bound_loss")
-    rows |= {
-        "Bits/dim, at most": f"{shown('bits_per_dim')} ({evaluate.bound_images} held-out images, {sample.variance})",
         "Samples": f"{numbers['samples']}, seed {sample.seed}",
         "Sampler": f"{sample.sampler}, {sample.spacing} spacing{noise}",
         "NFE": str(numbers["nfe"]),
@@ -111,3 +87,33 @@ def card(
         rows["Copies are looked for in"] = f"{searched} of {there} training images; those of the others are not found"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["# Evaluation", "", "| | |", "|---|---|", *lines]) + "\n"
+
+
+def _results(numbers: Mapping[str, Any], evaluate: Evaluate, variance: str) -> dict[str, str]:
+    """The rows of the card that hold what was measured."""
+
+    def shown(*names: str) -> str:
+        return " / ".join(measured(numbers, name) if name in numbers else "not defined" for name in names)
+
+    distance = "FID" if evaluate.features == "inception" else "Fréchet distance"
+    rows = {"Every ±": "the standard error over samples and held-out images; network and real images as they are"}
+    rows[distance] = shown("frechet_distance")
+    if evaluate.seeds > 1:
+        rows[f"{distance}, mean of {evaluate.seeds} seeds"] = shown("frechet_distance_mean")
+    rows |= {
+        f"{distance} of a perfect sampler": f"{shown('frechet_distance_floor')} (as many real images, resampled)",
+        f"{distance} / that of a perfect sampler": shown("frechet_distance_ratio"),
+        f"{distance}, infinitely many samples": shown("frechet_distance_infinite"),
+        f"{distance} to train / to test": shown("frechet_distance_train", "frechet_distance_test"),
+        f"{distance}, test to train": shown("frechet_distance_real_test"),
+        "KID": shown("kid"),
+        "Precision / recall": shown("precision", "recall"),
+        "Density / coverage": shown("density", "coverage"),
+        "Memorisation ratio": f"{shown('memorisation_ratio')} (1: as new as held-out images; 0: copies)",
+        "Copies: share of samples / of held-out images": shown("copies", "copies_held_out"),
+        "Held-out loss": shown("held_out_loss"),
+    }
+    if "held_out_bound_loss" in numbers:
+        rows["Held-out loss, the bound's part"] = shown("held_out_bound_loss")
+    rows["Bits/dim, at most"] = f"{shown('bits_per_dim')} ({evaluate.bound_images} held-out images, {variance})"
+    return rows

@@ -249,7 +249,7 @@ def test_an_unfit_folder_is_reported_in_one_line(files: list[str], message: str)
 
 def test_a_file_in_the_place_of_the_folder_is_reported() -> None:
     Path("raw").touch()
-    with pytest.raises(UserError, match="raw: is no folder"):
+    with pytest.raises(UserError, match="raw: is not a folder"):
         run(dataset())
 
 

@@ -80,7 +80,7 @@ def is_clean(clone: Clone) -> bool:
 def test_both_trials_of_the_sweep_saw_the_images(person):
     status = person.type("dvc queue status")
     assert (status.count("Success"), status.count("Failed")) == (2, 0), status
-    table = person.type("python tools/exps.py")
+    table = person.type("python -m tools.exps")
     assert table.count("success") == 2, table
 
 

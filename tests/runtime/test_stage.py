@@ -220,9 +220,9 @@ def everything_in(folder):
     ("old", "new", "printed"),
     [
         ("  batch_size:", "  bacth_size:", "train.bacth_size = "),
-        ("  lr: 0.002", "  lr: abc", "optimizer.lr = 'abc': should be a valid number"),
+        ("  lr: 0.008", "  lr: abc", "optimizer.lr = 'abc': should be a valid number"),
         (
-            "torch.optim.Adam\n",
+            "ddpm.training.muon.Muon\n",
             "os.system\n",
             "optimizer._target_ = 'os.system': unknown; allowed are the classes torch",
         ),

@@ -127,7 +127,7 @@ def test_metrics_are_numbers_and_the_card_has_the_words(inside):
     assert (values["samples"], values["seeds"], values["nfe"], values["reference_images"]) == (24, 1, 4, 90)
     card = Path("results/evaluate/card.md").read_text()
     digest = json.loads(Path("data/prepared/dataset.json").read_text())["sha256"][:8]
-    for text in (str(values["frechet_distance"]), "ddim", "pixels", "digits, all: 90 images of 8x8x1", digest):
+    for text in (str(values["frechet_distance"]), "dpm_solver", "pixels", "digits, all: 90 images of 8x8x1", digest):
         assert text in card
 
 
@@ -151,7 +151,7 @@ def test_further_seeds_are_drawn_as_the_stage_sample_draws_them(inside):
 def test_without_a_curve_the_headline_is_its_one_point(inside):
     values = run()
     headline = {name: values[name] for name in ("frechet_distance", "frechet_distance_se")}
-    assert rows() == [{"sampler": "ddim", "nfe": 4} | headline]
+    assert rows() == [{"sampler": "dpm_solver", "nfe": 4} | headline]
 
 
 def test_the_curve_has_a_point_for_each_sampler_and_number_of_steps(inside):
@@ -160,8 +160,9 @@ def test_the_curve_has_a_point_for_each_sampler_and_number_of_steps(inside):
         "sample.variance=fixed_large",
     )
     assert [(row["sampler"], row["nfe"]) for row in rows()] == [("ddim", 2), ("ddim", 5), ("ddpm", 3)]
-    for row, settings in zip(rows(), ({"steps": 2}, {"steps": 5}, {"steps": 3, "sampler": "ddpm"}), strict=True):
-        assert row["frechet_distance"] == pytest.approx(distance(drawn(0, count=12, **settings)), abs=6e-3)
+    for row, settings in zip(rows(), (("ddim", 2), ("ddim", 5), ("ddpm", 3)), strict=True):
+        expected = drawn(0, count=12, sampler=settings[0], steps=settings[1])
+        assert row["frechet_distance"] == pytest.approx(distance(expected), abs=6e-3)
 
 
 def test_copies_are_found_and_shown_beside_their_originals(inside):
@@ -387,7 +388,9 @@ def test_a_learned_variance_has_the_simple_loss_and_the_bounds_part(inside, caps
 def test_points_that_differ_in_their_steps_alone_are_each_drawn(inside):
     run("evaluate.nfe_curve=[{sampler: ddim, steps: [17, 18, 19, 20]}]", "sample.spacing=quadratic")
     assert [row["nfe"] for row in rows()] == [17, 18, 19, 20]
-    expected = [distance(drawn(0, count=12, steps=steps, spacing="quadratic")) for steps in (17, 18, 19, 20)]
+    expected = [
+        distance(drawn(0, count=12, sampler="ddim", steps=steps, spacing="quadratic")) for steps in (17, 18, 19, 20)
+    ]
     assert len(set(expected)) == 4
     assert [row["frechet_distance"] for row in rows()] == pytest.approx(expected, abs=6e-3)
 
@@ -396,7 +399,7 @@ def test_further_samples_have_the_classes_of_the_data(inside):
     unet = small_unet(num_class_embeds=2)
     write_info(30, classes=["cat", "dog"])
     save_model("models/ddpm", unet, DIFFUSION, {"run": "0" * 16, "data": {"class_counts": [50, 10]}}, ("cat", "dog"))
-    options = ("model.class_conditional=true", "evaluate.nfe_curve=[{sampler: ddim, steps: [3]}]")
+    options = ("model.class_conditional=true", "evaluate.nfe_curve=[{sampler: dpm_solver, steps: [3]}]")
     run(*options, "sample.class_frequencies=data")
     settings = check(
         composed(*SETTINGS, *options, "sample.class_frequencies=data", "sample.steps=3", "sample.count=12")

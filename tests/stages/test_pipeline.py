@@ -74,7 +74,7 @@ def test_a_sample_depends_neither_on_the_count_nor_on_the_batch(inside):
     np.testing.assert_array_equal(np.load("samples/images.npy"), before)
 
 
-@pytest.mark.parametrize("overrides", [("sample.seed=1",), ("sample=ddpm",), ("sample.eta=1.0",)])
+@pytest.mark.parametrize("overrides", [("sample.seed=1",), ("sample=ddpm",), ("sample=ddim", "sample.eta=1.0")])
 def test_seed_and_sampler_change_the_samples(inside, overrides):
     before = np.load("samples/images.npy")
     run(sample, *overrides)
@@ -125,7 +125,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(
     ("stage", "folder", "parts"),
-    [(sample, "samples", ["ddim", "moments"]), (evaluate, "results/evaluate", ["bound", "held-out", "ddim"])],
+    [
+        (sample, "samples", ["dpm_solver", "moments"]),
+        (evaluate, "results/evaluate", ["bound", "held-out", "dpm_solver"]),
+    ],
 )
 def test_a_stage_killed_again_and_again_ends_in_the_same_bytes(inside, monkeypatch, stage, folder, parts):
     overrides = ("sample.batch_size=20", "evaluate.batch_size=200", "evaluate.bound_images=2", "evaluate.seeds=2")
