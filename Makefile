@@ -2,11 +2,18 @@
 VENV ?= .venv
 PYTHON ?= python3
 REV ?=
-OUT ?= curves.png
+OUT ?=
 CLEAN ?=
+ONLY ?=
+CLASS ?=
 ADOPT ?=
+BY ?=
+METRIC ?=
+P ?=
+RUNS ?=
+SEARCH ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots curves exps states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -41,8 +48,9 @@ test-pipeline: $(VENV)/.dev ## Of the suite, the tests that drive dvc in a clone
 test-slow: $(VENV)/.dev ## The tests that take longer
 	pytest -m slow
 
-test-remote: $(VENV)/.remote ## Push to and pull from real SSH and S3 servers, started on this machine
+test-remote: $(VENV)/.remote ## The tests against real servers, started on this machine: SSH, S3, PostgreSQL
 	@PATH="$$PATH:/usr/sbin"; command -v sshd >/dev/null || { echo "sshd is missing: apt-get install openssh-server"; exit 1; }
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { echo "PostgreSQL is missing: apt-get install postgresql"; exit 1; }
 	pytest -m remote
 
 bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/
@@ -66,15 +74,24 @@ lint: $(VENV)/.dev ## ruff and mypy
 	ruff format --check .
 	mypy
 
-plots: $(VENV)/.run ## Write the page of curves and pictures; REV="main other" compares revisions
-	python -m tools.plots_page .dvc/tmp/page.html
-	dvc plots $(if $(REV),diff $(REV),show) --html-template .dvc/tmp/page.html --out dvc_plots
+plots: $(VENV)/.run ## Write the page of numbers, curves and pictures; REV="main a b" compares revisions
+	python -m tools.plots_page dvc_plots $(REV)
+
+images: $(VENV)/.run ## Write samples as PNG files: REV=<name>, of ONLY="0 5 10-19" or CLASS="cat dog", into OUT
+	python -m tools.images $(if $(REV),'$(REV)') --only '$(ONLY)' --classes '$(CLASS)' --out '$(OUT)'
 
 curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
-	python -m tools.curves $(OUT) $(REV)
+	python -m tools.curves $(or $(OUT),curves.png) $(REV)
 
-exps: $(VENV)/.run ## Show the experiments: what was changed, how good the samples are, what failed
-	python -m tools.exps
+exps: $(VENV)/.run ## Show the experiments, seeds together; BY=<parameter> draws, P=1 adds p-values, RUNS=1 parts the seeds
+	python -m tools.exps $(if $(BY),--by '$(BY)') $(if $(METRIC),--metric $(METRIC)) $(if $(P),--p) $(if $(RUNS),--runs) \
+	    $(if $(OUT),--out '$(OUT)')
+
+verdict: $(VENV)/.run ## Is B better than A? REV="A B" are commits or experiments; METRIC=<name> asks for another number
+	python -m tools.verdict $(REV) $(if $(METRIC),--metric $(METRIC))
+
+search: $(VENV)/.run ## Search conf/search/<SEARCH>.yaml by Optuna; again resumes; ADOPT=<worker> takes over what a lost one began
+	python -m tools.search $(or $(SEARCH),default) $(if $(ADOPT),--adopt $(ADOPT))
 
 states: $(VENV)/.run ## Show the states of unfinished runs; CLEAN=1 deletes them, ADOPT=<name> gives one to today's code
 	python -m tools.states $(if $(CLEAN),--clean) $(if $(ADOPT),--adopt $(ADOPT))

@@ -76,7 +76,7 @@ def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = No
         setup = set_up(p, design, device, len(images))
         tracker = Turns(None, p.tracking, {}, "benchmark", "train")
         split = Images(images, np.zeros(len(images), np.int64))
-        return Training(setup, p.train, split, tracker, state).run()
+        return Training(setup, p.train, split, split, tracker, state).run()[p.train.ema_widths[0]]
 
 
 def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:
@@ -164,7 +164,7 @@ def distance(samples: np.ndarray, real: np.ndarray) -> float:
     from ddpm.evaluation.distances import Normal, frechet_distance
 
     a, b = (Normal(images.reshape(len(images), -1)) for images in (samples, real))
-    return frechet_distance(a, b)
+    return frechet_distance(a, b).value
 
 
 def quality(tell: Tell, images: str, count: int, out: str) -> None:
@@ -188,11 +188,12 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
 def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
     """Turns of so many batches from a file that is memory-mapped."""
     from ddpm.data.batches import batches
+    from ddpm.data.prepared import Images
     from ddpm.files import load_array
 
     array = load_array(images, "", "uint8", 4)
-    labels = np.zeros(len(array), np.int64)
-    stream = batches(array, labels, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
+    split = Images(array, np.zeros(len(array), np.int64))
+    stream = batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
     repeat(tell, lambda: next(stream), steps)
 
 

@@ -1,5 +1,6 @@
 """Output files, written whole or not at all; arrays, read back without a copy in memory."""
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ddpm.errors import UserError
 
 
 def write_file(path: str | Path, content: bytes | memoryview) -> None:
-    """Write beside `path` and rename into place, so that a reader sees the file of before or the new one.
+    """Write beside `path` and rename into place, so that a reader sees either the old file or the new one.
 
     A link at `path`, such as DVC sets into its cache, is replaced: nothing is ever written through it. The folder is
     made.
@@ -27,6 +28,16 @@ def write_file(path: str | Path, content: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
         error.filename = str(path)  # a failed write does not know its file
         raise
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files of a folder into another, each by `write_file`.
+
+    Raises:
+        OSError: as `write_file`.
+    """
+    for file in source.iterdir():
+        write_file(target / file.name, file.read_bytes())
 
 
 def save_array(path: str | Path, array: np.ndarray) -> None:
@@ -53,6 +64,11 @@ def load_array(path: str | Path, stage: str, dtype: str, dimensions: int) -> np.
     if array.dtype != dtype or array.ndim != dimensions:
         raise stale(path, f"holds {array.dtype} {array.shape}, not {dtype}", stage)
     return array
+
+
+def sha256(array: np.ndarray) -> str:
+    """The SHA-256 of an array's bytes, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def stale(path: str | Path, why: str, stage: str) -> UserError:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 class TrainedModel(NamedTuple):
-    """A model folder: the network in evaluation mode, its diffusion, and the names of its classes.
+    """A model folder: a network of it in evaluation mode, its diffusion, and the names of its classes.
 
     `classes` is empty for an unconditional network, and where the folder names none.
     """
@@ -85,13 +85,17 @@ def save_model(
     diffusion: DiffusionConfig,
     provenance: dict[str, Any],
     classes: Sequence[str] = (),
+    others: Mapping[float, UNet] | None = None,
 ) -> None:
     """Write weights, both configurations, a model card, and what the model was made from.
 
     The same model, provenance and classes give the same bytes.
 
     Args:
+        unet: the one that is loaded where nothing else is asked for.
         provenance: plain values: the run's name, data, parameters.
+        others: further averages of the weights, by their widths (see `ddpm.core.ema`). diffusers loads one as a
+            variant: `UNet2DModel.from_pretrained(folder, subfolder="unet", variant="ema-0.05")`, or "live" for 0.
         classes: the names of the network's classes; needed where one of its labels stands for no label.
 
     Raises:
@@ -112,14 +116,18 @@ def save_model(
     _write_json(folder / SCHEDULER_CONFIG, _diffusion_to_json(diffusion))
     if classes:
         _write_json(folder / CLASSES, list(classes))
-    weights = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
-    write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    for path, network in [(WEIGHTS, unet), *((_variant(width), other) for width, other in (others or {}).items())]:
+        weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+        write_file(folder / path, save(weights, metadata={"format": "pt"}))
     _write_json(folder / TRAINING, provenance)
     write_file(folder / "README.md", _card(unet, diffusion, classes).encode())
 
 
-def load_model(folder: str | Path) -> TrainedModel:
+def load_model(folder: str | Path, width: float | None = None) -> TrainedModel:
     """Read a model folder, ours or of diffusers.
+
+    Args:
+        width: of the average of the weights to load, as sample.ema_width; None: the folder's first.
 
     Raises:
         UserError: a file is missing, damaged, or asks for something this U-Net does not support; the line names it.
@@ -138,7 +146,7 @@ def load_model(folder: str | Path) -> TrainedModel:
         GaussianDiffusion(diffusion)  # refuses a schedule that floats cannot hold
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{diffusion_path}: {_reason(error)}") from None
-    weights_path = _weights_path(folder)
+    weights_path = _weights_path(folder, width)
     try:
         weights = {_new_name(name): value.float() for name, value in load_file(weights_path).items()}
         unet.load_state_dict(weights, assign=True)
@@ -203,13 +211,13 @@ def class_counts(folder: str | Path) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def weights_sha256(folder: str | Path) -> str:
-    """What identifies the weights of a model folder.
+def weights_sha256(folder: str | Path, width: float | None = None) -> str:
+    """What identifies the weights of a model folder; `width` as for `load_model`.
 
     Raises:
         UserError: there are none.
     """
-    with _weights_path(Path(folder)).open("rb") as file:
+    with _weights_path(Path(folder), width).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -219,8 +227,20 @@ def _find(folder: Path, path: Path) -> Path:
     return flat if flat.is_file() and not (folder / path).exists() else folder / path
 
 
-def _weights_path(folder: Path) -> Path:
+def _variant(width: float) -> Path:
+    """Where the average of this width is, beside the first; named as diffusers' `variant`."""
+    name = f"ema-{width:g}" if width else "live"
+    return WEIGHTS.with_suffix(f".{name}{WEIGHTS.suffix}")
+
+
+def _weights_path(folder: Path, width: float | None = None) -> Path:
     path = _find(folder, WEIGHTS)
+    if path.is_file() and width is not None:
+        widths = _widths(folder)
+        if width not in widths or not (width == widths[0] or (folder / _variant(width)).is_file()):
+            held = f"holds the averages {widths}" if widths else "names no averages in training.json"
+            raise UserError(f"params.yaml: sample.ema_width = {width}: {folder} {held}; set it to null for the first")
+        return path if width == widths[0] else folder / _variant(width)
     if path.is_file():
         return path
     pickled = _find(folder, WEIGHTS.with_suffix(".bin"))
@@ -229,7 +249,15 @@ def _weights_path(folder: Path) -> Path:
             f"{pickled}: is a pickle, which could run any code and is never loaded; save it as safetensors "
             f"(save_pretrained of diffusers does)"
         )
-    raise UserError(f"{path}: not found; this is no model folder, or train was not run")
+    raise UserError(f"{path}: not found; this is not a model folder, or train was not run")
+
+
+def _widths(folder: Path) -> list[float]:
+    """The averages that a model folder holds, the one to load first; empty where it does not say."""
+    value: Any = _read_json(folder / TRAINING)
+    for key in ("params", "train", "ema_widths"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return [width for width in value if type(width) in (int, float)] if isinstance(value, list) else []
 
 
 def _new_name(name: str) -> str:
@@ -261,7 +289,7 @@ tags: [ddpm, unconditional-image-generation]
 
 A denoising diffusion model (Ho et al. 2020): {sum(p.numel() for p in unet.parameters()):,} parameters,
 {diffusion.timesteps} timesteps, {diffusion.schedule} schedule, {diffusion.prediction} prediction.
-The weights are the exponential moving average of the training. Data and parameters: `{TRAINING}`.
+The weights are an average over the training's last steps. Data and parameters: `{TRAINING}`.
 {names}
 ```python
 {use}
@@ -281,9 +309,9 @@ def _read_json(path: Path, kind: type = dict) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; this is no model folder, or train was not run") from None
+        raise UserError(f"{path}: {error}; this is not a model folder, or train was not run") from None
     if not isinstance(value, kind):
-        raise UserError(f"{path}: is no JSON {'object' if kind is dict else 'array'}")
+        raise UserError(f"{path}: is not a JSON {'object' if kind is dict else 'array'}")
     return value
 
 
@@ -335,7 +363,7 @@ def _unet_from_json(values: dict[str, Any]) -> UNetConfig:
 
 
 def _with_classes(config: UNetConfig, names: int) -> UNetConfig:
-    """The configuration of a network with so many named classes: a label beyond them stands for no label.
+    """The configuration of a network with that many named classes: a label beyond them stands for no label.
 
     Raises:
         ValueError: it has fewer labels, or more than that.

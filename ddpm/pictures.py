@@ -13,7 +13,7 @@ from ddpm.files import write_file
 GAP = 2  # pixels of white between images
 TILE = 64  # pixels that a shown image has at least
 FILM_VALUES = 12_288  # in one moment of a film, which is about what its file grows by: 4 colour images of 32x32 ...
-FILM_IMAGES, FILM_COLUMNS = 48, 12  # ... and at most so many
+FILM_IMAGES, FILM_COLUMNS = 48, 12  # ... and at most this many images
 FILM_PACE, FILM_START, FILM_END = 80, 600, 2500  # milliseconds that a moment, the first and the last are seen
 
 

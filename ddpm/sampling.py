@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.config.schema import Sample
+from ddpm.config.schema import Runtime, Sample
 from ddpm.core.diffusion import GaussianDiffusion
 from ddpm.core.pixels import to_pixels
 from ddpm.core.samplers import SAMPLERS, ImageNoise, Model, guided, timesteps
 from ddpm.core.unet import UNet, UNetConfig
 from ddpm.errors import UserError
+from ddpm.model_folder import TrainedModel
 from ddpm.pictures import film_images
+from ddpm.runtime.device import memory_format
 from ddpm.runtime.progress import Progress
 from ddpm.runtime.resume import Store
 
@@ -36,7 +38,7 @@ class Classes(NamedTuple):
 
 UNKNOWN = Classes()
 OnStep = Callable[[int, int, Tensor], None]  # see `draw`
-Draw = Callable[[int, OnStep], object]  # draws so many samples, and shows each state
+Draw = Callable[[int, OnStep], object]  # draws that many samples, and passes on each state
 
 
 def chosen_classes(params: Sample, config: UNetConfig, names: Sequence[str]) -> list[int]:
@@ -55,7 +57,7 @@ def chosen_classes(params: Sample, config: UNetConfig, names: Sequence[str]) -> 
     for name in wanted:
         if name not in names:
             allowed = f"known: {', '.join(names[:50])}" if names else "models/ddpm is unconditional; set it to null"
-            raise UserError(f"params.yaml: sample.classes: {name!r} is no class of models/ddpm; {allowed}")
+            raise UserError(f"params.yaml: sample.classes: {name!r} is not a class of models/ddpm; {allowed}")
     return [names.index(name) for name in wanted]
 
 
@@ -121,6 +123,12 @@ def sampling_path(params: Sample, diffusion: GaussianDiffusion) -> list[int]:
         return timesteps(diffusion.timesteps, params.steps, params.spacing)
     except ValueError as error:
         raise UserError(f"params.yaml: sample.{error}") from None
+
+
+def place(model: TrainedModel, runtime: Runtime, device: torch.device) -> GaussianDiffusion:
+    """Move the network to the device, in the memory format that suits it there; return the model's diffusion there."""
+    model.unet.to(device).to(memory_format=memory_format(runtime, device))
+    return GaussianDiffusion(model.diffusion, device)
 
 
 def check_settings(params: Sample, model: UNet, diffusion: GaussianDiffusion, classes: Classes) -> None:

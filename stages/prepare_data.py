@@ -5,16 +5,19 @@ Writes {train,test}/images.npy (uint8 N x H x W x C), {train,test}/labels.npy (i
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ddpm.runtime.stage import run_stage
 from ddpm.runtime.workspace import root
+
+if TYPE_CHECKING:
+    from ddpm.config.schema import Params
 
 SECTIONS = ("dataset",)
 OUT = Path("data/prepared")
 
 
-def main(params: Any) -> None:
+def main(params: "Params") -> None:
     # after the parameters are checked, since they load numpy, Pillow and torch
     from ddpm.config.checks import check_data
     from ddpm.config.load import load_all

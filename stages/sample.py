@@ -15,18 +15,16 @@ MODEL, SAMPLES, RESULTS = Path("models/ddpm"), Path("samples/images.npy"), Path(
 def main(params: "Params") -> None:
     # torch is imported here, after the environment that makes it reproducible is set
     from ddpm import files, model_folder, pictures, sampling
-    from ddpm.core.diffusion import GaussianDiffusion
-    from ddpm.runtime import device, processes
+    from ddpm.runtime import processes
     from ddpm.runtime.run import open_run
 
-    p, model = params.sample, model_folder.load_model(MODEL)
+    p, model = params.sample, model_folder.load_model(MODEL, params.sample.ema_width)
     classes = sampling.Classes(model.classes, model_folder.class_counts(MODEL))
-    facts = (p.model_dump(), params.runtime.model_dump(), model_folder.weights_sha256(MODEL), classes.counts)
-    options = {"memory_advice": "lower sample.batch_size", "run_id": model_folder.training_run(MODEL)}
-    with open_run("sample", params.runtime, params.tracking, facts, {"sample": p.model_dump()}, **options) as run:
-        diffusion = GaussianDiffusion(model.diffusion, run.device)
+    inputs = {"weights": model_folder.weights_sha256(MODEL, p.ema_width), "class_counts": classes.counts}
+    run_id = model_folder.training_run(MODEL)
+    with open_run("sample", params, inputs, memory_advice="lower sample.batch_size", run_id=run_id) as run:
+        diffusion = sampling.place(model, params.runtime, run.device)
         sampling.check_settings(p, model.unet, diffusion, classes)
-        model.unet.to(run.device).to(memory_format=device.memory_format(params.runtime, run.device))
         images, strip, film = sampling.draw_filmed(model.unet, diffusion, p, classes, run.state)
 
         if processes.rank() == 0:

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
-from benchmarks import growth, report, whole
+from benchmarks import distances, growth, report, whole
 from benchmarks.__main__ import MEASUREMENTS
+from tests.conftest import ROOT
 
 
 def test_the_committed_page_is_rendered_from_the_committed_numbers():
@@ -27,3 +30,25 @@ def test_the_facts_of_a_training_are_found_in_what_it_prints():
 
 def test_the_exponent_of_a_power_law_is_found():
     assert growth.exponent([{"n": n, "seconds": 3 * n**1.5} for n in (1, 4, 16)], "seconds") == pytest.approx(1.5)
+
+
+def test_the_table_of_distances_is_rendered_from_the_committed_numbers():
+    rows = json.loads(distances.FILE.read_text(encoding="utf-8"))["rows"]
+    assert distances.page(rows).rstrip() in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+
+
+def test_cells_that_do_not_fit_the_minutes_are_marked():
+    rows = distances.measure(minutes=0)
+    assert len(rows) == 72
+    assert distances.page(rows).count("not run") == 72
+
+
+@pytest.mark.parametrize("part", distances.PARTS)
+def test_a_cell_measures_the_functions_of_the_stage(part, tmp_path):
+    for name, count in (("samples", 50), ("real", 80)):
+        distances.features(tmp_path / f"{name}.npy", count, 8, 0)
+    told = []
+    distances.cell(told.append, part, str(tmp_path / "samples.npy"), str(tmp_path / "real.npy"))
+    assert told[0] == "ready"
+    assert told[1]["seconds"] > 0
+    assert told[1]["mib"] > 1

@@ -46,8 +46,9 @@ def test_every_section_is_watched_by_a_stage():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_uses_every_section_that_dvc_watches(stage):
-    # the set-up of a training takes all sections of its stage
-    files = [path for path in stage_files(stage) if path.startswith(("stages/", "ddpm/training/"))]
+    # a run and the set-up of a training take all sections of their stage
+    takers = ("stages/", "ddpm/runtime/run.py", "ddpm/training/")
+    files = [path for path in stage_files(stage) if path.startswith(takers)]
     used = {
         node.attr
         for path in files

@@ -19,9 +19,8 @@ from ddpm.runtime.tracking import Tracker
 from stages import prepare_data
 from stages import train as train_stage
 from tests.conftest import small_unet
-from tests.stages.test_pipeline import run as run_stage
-from tests.training.test_loop import run as train
-from tests.training.test_loop import same
+from tests.support.stages import run as run_stage
+from tests.support.training import same, train
 
 CONFIG = DiffusionConfig(100, "cosine", "v")
 
@@ -38,7 +37,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # what is renamed at the end
     with pytest.raises(OSError, match="No space left") as fault:
         save_model(tmp_path, small_unet(), CONFIG, {})
-    assert fault.value.errno == errno.ENOSPC  # which run_stage tells in one line
+    assert fault.value.errno == errno.ENOSPC  # which run_stage reports in one line
 
 
 def test_a_model_comes_back_as_it_was_saved(folder):
@@ -325,7 +324,7 @@ def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
     assert not same(moved, fresh)
 
 
-def test_a_resumed_training_goes_on_from_its_own_state(tmp_path, trained):
+def test_a_resumed_training_continues_from_its_own_state(tmp_path, trained):
     init = f"train.init_from={trained}"
     whole, _ = train(tmp_path, init)
     with pytest.raises(Interrupted):
@@ -352,7 +351,7 @@ def test_a_missing_folder_to_start_from_is_named(tmp_path):
     nowhere = tmp_path / "nowhere"
     with pytest.raises(UserError, match=r"train\.init_from = '.*nowhere': there is no such folder; "):
         train(tmp_path, f"train.init_from={nowhere}")
-    with pytest.raises(UserError, match=r"model\.safetensors: not found; this is no model folder"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not found; this is not a model folder"):
         weights_sha256(nowhere)
 
 
@@ -445,3 +444,49 @@ def test_a_schedule_that_floats_cannot_hold_is_refused_with_its_file(tmp_path):
     with pytest.raises(UserError, match=re.escape(fault)) as refused:
         load_model(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+WIDTHS = {"params": {"train": {"ema_widths": [0.1, 0.05, 0.0]}}}
+
+
+@pytest.fixture
+def averages(tmp_path):
+    """A folder of three averages, the first of which is `small_unet()`."""
+    others = {width: shifted(small_unet(), width + 1) for width in (0.05, 0.0)}
+    save_model(tmp_path / "model", small_unet(), CONFIG, WIDTHS, others=others)
+    return tmp_path / "model"
+
+
+def shifted(unet, by):
+    with torch.no_grad():
+        unet.conv_in.weight += by
+    return unet
+
+
+def test_each_average_of_the_weights_is_loaded_by_its_width(averages):
+    first = load_model(averages).unet.conv_in.weight
+    for width, by in ((0.1, 0), (0.05, 1.05), (0.0, 1.0)):
+        torch.testing.assert_close(load_model(averages, width).unet.conv_in.weight, first + by)
+    assert len({weights_sha256(averages, width) for width in (None, 0.1, 0.05, 0.0)}) == 3
+
+
+def test_diffusers_loads_the_averages_as_variants(averages):
+    for variant, width in ((None, None), ("ema-0.05", 0.05), ("live", 0.0)):
+        theirs = UNet2DModel.from_pretrained(averages, subfolder="unet", variant=variant)
+        assert torch.equal(theirs.conv_in.weight, load_model(averages, width).unet.conv_in.weight)
+
+
+def test_an_average_that_a_folder_lacks_is_reported_with_those_it_holds(averages):
+    with pytest.raises(UserError, match=r"sample\.ema_width = 0\.2: .* holds the averages \[0\.1, 0\.05, 0\.0\]"):
+        load_model(averages, 0.2)
+    (averages / "unet/diffusion_pytorch_model.live.safetensors").unlink()
+    with pytest.raises(UserError, match=r"sample\.ema_width = 0\.0: "):
+        load_model(averages, 0.0)
+
+
+@pytest.mark.parametrize("params", [None, 3, {}, {"train": 1}, {"train": {"ema_widths": "x"}}])
+def test_a_folder_that_names_no_averages_has_its_first_alone(tmp_path, params):
+    save_model(tmp_path, small_unet(), CONFIG, {"params": params})
+    load_model(tmp_path)
+    with pytest.raises(UserError, match=r"names no averages in training\.json; set it to null for the first"):
+        load_model(tmp_path, 0.1)

@@ -29,7 +29,7 @@ def test_a_picture_is_written_with_the_same_bytes(tmp_path):
     assert Image.open(tmp_path / "new/a.png").info == {}
 
 
-def test_nothing_to_show_is_said():
+def test_a_grid_of_no_images_is_refused():
     with pytest.raises(ValueError, match="no image"):
         pictures.tile(np.empty((0, 8, 8, 1), dtype=np.uint8), columns=1)
 

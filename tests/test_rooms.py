@@ -1,6 +1,7 @@
-"""The rule of the house: imports go down the floors, and the core knows nothing but torch and NumPy."""
+"""The rule of the house: imports go down the floors, the core knows only torch and NumPy, and nothing is long."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,3 +140,36 @@ def test_the_core_works_where_it_is_copied_alone(tmp_path):
     options = {"cwd": tmp_path, "check": True, "stdout": subprocess.PIPE, "text": True}
     done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.stdout.strip() == str(tmp_path / "ddpm/core/unet.py")
+
+
+STAGE_LINES, FUNCTION_LINES, ARGUMENTS = 40, 60, 7
+CODE = sorted(path for room in ("ddpm", "stages", "tools", "benchmarks") for path in (ROOT / room).rglob("*.py"))
+
+
+def functions_of(path: Path) -> Iterator[tuple[str, int, int]]:
+    """The name, the lines and the arguments (`self` and `cls` excluded) of every function and method in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments = [argument for argument in given if argument.arg not in ("self", "cls")]
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1, len(arguments)
+
+
+def test_a_stage_is_at_most_40_lines():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "stages").glob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > STAGE_LINES} == {}
+
+
+@pytest.mark.parametrize("path", CODE, ids=[path.relative_to(ROOT).as_posix() for path in CODE])
+def test_no_function_is_long_or_takes_many_arguments(path):
+    functions = list(functions_of(path))
+    assert [name for name, lines, _ in functions if lines > FUNCTION_LINES] == []
+    assert [name for name, _, count in functions if count > ARGUMENTS and not name.startswith("_")] == []
+
+
+def test_no_test_module_imports_another():
+    """What several of them share is in tests/support/, or in a conftest.py."""
+    shared = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+", re.MULTILINE)
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    assert [str(path) for path in tests if shared.search(path.read_text(encoding="utf-8"))] == []

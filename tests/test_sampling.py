@@ -41,15 +41,15 @@ def test_classes_come_in_turn_and_each_sample_depends_on_its_own():
 @pytest.mark.parametrize(
     ("network", "names", "changes", "fault"),
     [
-        (PETS, NAMES, {"classes": ["cow"]}, "sample.classes: 'cow' is no class of models/ddpm; known: cat, dog"),
-        ({"num_class_embeds": 3}, UNKNOWN, {"classes": [3]}, "'3' is no class of models/ddpm; known: 0, 1, 2"),
+        (PETS, NAMES, {"classes": ["cow"]}, "sample.classes: 'cow' is not a class of models/ddpm; known: cat, dog"),
+        ({"num_class_embeds": 3}, UNKNOWN, {"classes": [3]}, "'3' is not a class of models/ddpm; known: 0, 1, 2"),
         ({"num_class_embeds": 3}, UNKNOWN, {"guidance": 2.0}, "guidance = 2: must be 1 .*not learnt to do without"),
         ({"num_class_embeds": 2}, NAMES, {"guidance": 0.5}, "sample.guidance = 0.5: must be 1"),
-        ({}, UNKNOWN, {"classes": ["cat"]}, "'cat' is no class of models/ddpm; models/ddpm is unconditional"),
+        ({}, UNKNOWN, {"classes": ["cat"]}, "'cat' is not a class of models/ddpm; models/ddpm is unconditional"),
         ({}, UNKNOWN, {"guidance": 2.0}, "sample.guidance = 2: must be 1"),
     ],
 )  # fmt: skip
-def test_a_class_or_guidance_that_the_network_has_not_is_refused(network, names, changes, fault):
+def test_a_class_or_guidance_unknown_to_the_network_is_refused(network, names, changes, fault):
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     with pytest.raises(UserError, match=fault):
         sampling.draw(small_unet(**network), d, settings(count=2, **changes), names)
@@ -71,7 +71,7 @@ def test_classes_follow_the_datas_frequencies_in_every_prefix():
     assert drawn[-1].tolist() == [2500, 1500, 600, 250, 0, 125, 25]
 
 
-def test_the_classes_that_are_asked_for_keep_their_frequencies():
+def test_the_selected_classes_keep_their_frequencies():
     config = small_unet(**MANY).config
     p = settings(class_frequencies="data", classes=["f", "b", "b"])
     assert np.bincount(class_sequence(p, config, COUNTED, 1300)).tolist() == [0, 1200, 0, 0, 0, 100]
@@ -128,7 +128,7 @@ def test_settings_that_change_an_image_change_the_name_of_its_part():
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned"])
-def test_a_learned_variance_that_is_not_used_is_said(capsys, variance):
+def test_an_unused_learned_variance_is_reported(capsys, variance):
     d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon", learn_variance=True))
     check_variance(settings(variance=variance), d)
     said = "note: models/ddpm has learned its variance, and sample.variance = fixed_small does not use it"
@@ -160,7 +160,8 @@ def filmed(folder, count, batch_size, steps=4, damage=False, stop_at=None):
     d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v"))
 
     def draw(count, on_step, store=None):
-        return sampling.draw(small_unet(), d, settings(count=count, **changes), UNKNOWN, store, on_step)
+        network = small_unet(block_out_channels=(16,), attention=(False,))
+        return sampling.draw(network, d, settings(count=count, **changes), UNKNOWN, store, on_step)
 
     with ResumeState(folder) as state:
         moments = Moments(steps, count, batch_size, 64, state)
@@ -176,9 +177,15 @@ def filmed(folder, count, batch_size, steps=4, damage=False, stop_at=None):
         return *moments.pictures(draw), images
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 7, 47, 48, 49])
-def test_strip_and_film_show_the_same_images_whatever_the_batch(tmp_path, batch_size):
-    whole_strip, whole_film, images = filmed(tmp_path / "whole", 50, 50)
+@pytest.fixture(scope="module")
+def whole_film(tmp_path_factory):
+    """The strip, the film and the samples of 50 images in one batch."""
+    return filmed(tmp_path_factory.mktemp("whole"), 50, 50)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 47, 48, 49])  # a strip of 6, a film of 48
+def test_strip_and_film_show_the_same_images_whatever_the_batch(tmp_path, whole_film, batch_size):
+    whole_strip, whole_film, images = whole_film
     strip, film, _ = filmed(tmp_path / "parts", 50, batch_size)
     assert strip.shape == (6, 5, 8, 8, 1)  # the noise and 4 steps
     assert [moment.shape for moment in film] == [(48, 8, 8, 1)] * 5
@@ -222,7 +229,7 @@ def test_damaged_moments_are_drawn_again(tmp_path):
     [
         ({"steps": 11}, "^params.yaml: sample.steps = 11: must be from 1 to 10, the timesteps of the model$"),
         ({"variance": "learned"}, "sample.variance = learned: models/ddpm has learned no variance"),
-        ({"classes": ["cat"]}, "'cat' is no class of models/ddpm"),
+        ({"classes": ["cat"]}, "'cat' is not a class of models/ddpm"),
         ({"guidance": 2.0}, "sample.guidance = 2: must be 1"),
         ({"class_frequencies": "data"}, "sample.class_frequencies = data: models/ddpm is unconditional"),
     ],

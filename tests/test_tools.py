@@ -1,5 +1,6 @@
 """What `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ddpm.runtime.imports import stage_files
 from tests.conftest import ROOT
-from tools import curves, deps, exps, folder, params, plots_page, sizes
+from tools import curves, deps, folder, params, plots_page, sizes
 
 GRAPH = """\
 # a comment
@@ -104,8 +105,9 @@ def test_stale_params_are_refused_by_check_and_mended_without(tmp_path, monkeypa
 
 def test_the_plots_page_loads_nothing_from_an_address():
     template = (ROOT / plots_page.PAGE).read_text(encoding="utf-8")
-    page = plots_page.page(template)
-    assert "{scripts}" in template and "{scripts}" not in page
+    page = plots_page.page(template, {"numbers": "</script>"})
+    assert "{scripts}" in template and "{scripts}" not in page and "{facts}" not in page
+    assert json.loads(re.search('id="facts">(.*?)</script>', page)[1]) == {"numbers": "</script>"}
     assert "vegaEmbed" in page and "<script src" not in page
 
 
@@ -129,18 +131,6 @@ def test_no_committed_file_is_above_one_megabyte():
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     done = subprocess.run([sys.executable, "-m", "tools.sizes", *names.split("\0")[:-1]], cwd=ROOT, check=False)
     assert done.returncode == 0
-
-
-def test_a_row_of_a_failed_trial_shows_no_numbers():
-    row = {"State": "Failed", "loss": 1.0}
-    assert exps.number(row, "loss") is None
-    assert exps.number(row | {"State": "Success"}, "loss") == 1.0
-    assert exps.number({"State": None, "loss": "-"}, "loss") is None
-
-
-def test_a_parameter_is_shown_in_few_characters():
-    assert exps.shown("optimizer._target_", "torch.optim.RMSprop") == "RMSprop"
-    assert [exps.shown("x", value) for value in (1e-5, None, [3, 8])] == ["1e-05", "-", "[3, 8]"]
 
 
 @pytest.mark.process

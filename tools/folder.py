@@ -15,7 +15,7 @@ TEST_FRACTION = 0.1  # as in conf/dataset/folder.yaml
 
 
 def override(path: str) -> str:
-    """What to type after `-S`, for a path of whatever characters: quoted for Hydra, and that for the shell."""
+    """What to type after `-S` for a path with any characters: quoted for Hydra, and the result quoted for the shell."""
     if re.fullmatch(r"[A-Za-z0-9/_.-]+", path):
         return f"dataset.path={path}"
     escaped = re.sub(r"\$\{", r"\\${", re.sub(r'(\\*)"', r'\1\1\\"', path))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ddpm.config import extractors
 from ddpm.config.costs import evaluation_faults
 from ddpm.config.schema import Params
 from ddpm.config.targets import near, shown
@@ -53,25 +54,27 @@ def _processes(params: Params) -> Faults:
 
 
 def _files(params: Params) -> Faults:
-    weights, init = params.evaluate.inception_weights, params.train.init_from
-    if weights is not None and not Path(weights).is_file():
-        yield (
-            "evaluate.inception_weights",
-            "there is no such file; give weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases, null "
-            "to download it, or use evaluate=pixels",
-        )
+    init = params.train.init_from
     if init is None:
         return
     if Path(init).resolve() == MODEL.resolve():
         yield "train.init_from", "is removed before each training; start from a copy"
     elif not any(Path(init, name).is_file() for name in ("unet/config.json", "config.json")):
-        what = "is no model folder: holds no unet/config.json" if Path(init).is_dir() else "there is no such folder"
+        what = "is not a model folder: holds no unet/config.json" if Path(init).is_dir() else "there is no such folder"
         yield "train.init_from", f"{what}; give a copy of models/ddpm, or a folder that diffusers has saved"
 
 
+def _features(params: Params) -> Faults:
+    features, weights = params.evaluate.features, params.evaluate.weights
+    if fault := extractors.name_fault(features, weights):
+        yield "evaluate.features", fault
+    elif fault := extractors.file_fault(features, weights):
+        yield "evaluate.weights", fault
+
+
 def setting_faults(params: Params) -> list[str]:
-    """Faults of the settings whatever the data, one line per fault."""
-    return [line for check in (_length, _processes, _files) for line in fault_lines(check(params), params)]
+    """Faults of the settings that do not depend on the data, one line per fault."""
+    return [line for check in (_length, _processes, _features, _files) for line in fault_lines(check(params), params)]
 
 
 # With data: what prepare_data checks before it replaces the old data, and train before it starts
@@ -102,7 +105,10 @@ def _classes(params: Params, info: Mapping[str, Any]) -> Faults:
     for name in () if wanted is None or not names else map(str, wanted):
         if name not in names:
             known = ", ".join(map(legible, names[:50])) + (", ..." if len(names) > 50 else "")
-            yield "sample.classes", f"{shown(name)} is no class of the data{legible(near(name, names))}; known: {known}"
+            yield (
+                "sample.classes",
+                f"{shown(name)} is not a class of the data{legible(near(name, names))}; known: {known}",
+            )
 
 
 def _costs(params: Params, info: Mapping[str, Any]) -> Faults:
@@ -113,7 +119,8 @@ CHECKS: list[Callable[[Params, Mapping[str, Any]], Faults]] = [_warmup, _classes
 
 
 def check_data(params: Params, info: Mapping[str, Any]) -> None:
-    """Check the settings of all stages beside the data: `info` is the content of dataset.json.
+    """Check the settings of all stages beside the data: `info` is the content of dataset.json. Where all is well,
+    download the weights of the evaluation, without which the training would be for nothing.
 
     Raises:
         UserError: one line per fault.
@@ -121,3 +128,4 @@ def check_data(params: Params, info: Mapping[str, Any]) -> None:
     lines = [line for check in CHECKS for line in fault_lines(check(params, info), params)]
     if lines:
         raise UserError("\n".join(f"params.yaml: {line}" for line in lines))
+    extractors.fetch(params.evaluate.features, params.evaluate.weights)

@@ -14,9 +14,10 @@ from ddpm.config.schema import Params
 
 CPU_RATE, GPU_RATE = 1e10, 5e11  # float64 operations per second: of a CPU thread, of a GPU; low, to be safe
 MOST_HOURS = 12
-INCEPTION_FEATURES = 2048
-BASE_MEMORY = 2 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/distances.py
-KID_SUBSETS = 100
+NETWORK_FEATURES = 2048  # Inception's; few of timm's models have more
+BASE_MEMORY = 3 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/blocks.py
+FLOOR_DRAWS, SPLITS, IMAGES_PER_FEATURE = 5, 4, 4  # of ddpm/evaluation/distances.py
+PER_PAIR = 200  # operations for each pair of images beyond its inner product: of its distance, its kernel, its rank
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,43 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
     """
     p, samples = params.evaluate, params.sample.count
     pixels = p.features == "pixels"
-    width = prod(shape) if pixels else INCEPTION_FEATURES
-    train, test = counts["train"], counts["test"]
-    reference = {"train": train, "test": test, "all": train + test}[p.reference]
+    width = prod(shape) if pixels else NETWORK_FEATURES
+    limit = p.reference_images or sum(counts.values())
+    train, test = min(counts["train"], limit), min(counts["test"], limit)
+    reference = {"train": train, "test": test, "all": min(train + test, limit)}[p.reference]
     further = [samples] * (p.seeds - 1) + [p.nfe_samples] * sum(len(line.steps) for line in p.nfe_curve)
-    pairs = [(samples, reference), (samples, train), (samples, test), (reference // 2,) * 2, (test, train)]
+    parts = [samples // k for k in range(2, SPLITS + 1) if samples // k >= IMAGES_PER_FEATURE * width for _ in range(k)]
+    alone = [samples] * FLOOR_DRAWS + parts  # sets that are compared with the reference, without an error
+    pairs = [(samples, reference), (samples, train), (samples, test), (test, train)]
     pairs += [(count, reference) for count in further]
-    sets = [samples, train, test, reference, reference, *further]  # the reference, and its halves
-    subset = min(p.kid_subset_size, samples, reference)
+    sets = [samples, train, test, reference, *further, *alone]
     operations = (
         sum(2 * count * width**2 for count in sets if count > width)
-        + sum(_pair(*pair, width).operations for pair in pairs)
-        + 2 * width * min((samples + reference) ** 2, 3 * KID_SUBSETS * subset**2)
-        + 2 * width * (samples**2 + reference**2 + samples * reference)  # precision and recall
-        + 2 * width * train * (samples + test)  # nearest neighbours
+        + sum(60 * width**3 for count in (reference, train, test) if count > width)  # the root of a covariance
+        + sum(_pair(*pair, width, vectors=True).operations for pair in pairs)
+        + sum(_pair(count, reference, width).operations for count in alone)
+        + (2 * width + PER_PAIR) * (samples**2 + reference**2 + samples * reference)  # kernels and neighbourhoods
+        + (2 * width + PER_PAIR) * train * (samples + test)  # nearest neighbours
     )
-    kept = 8 * width**2 * sum(count > width for count in sets[:5])  # covariances
-    features = (train + test + 2 * reference + samples) * width * (1 if pixels else 4)
+    kept = 16 * width**2 * sum(count > width for count in sets[:4])  # covariances and their roots
+    features = (train + test + reference + 2 * samples) * width * (1 if pixels else 4)
     return Cost(operations, BASE_MEMORY + kept + features + max(_pair(*pair, width).memory for pair in pairs))
 
 
-def _pair(a: int, b: int, width: int) -> Cost:
-    """The cost of the Fréchet distance between sets of so many images, less that of their statistics."""
+def _pair(a: int, b: int, width: int, vectors: bool = False) -> Cost:
+    """The cost of the Fréchet distance between sets of these sizes, without that of their statistics.
+
+    Args:
+        vectors: whether it takes eigenvectors, too, for the error.
+    """
     small, large = sorted((a, b))
     size = min(small, width)
-    eigenvalues = 10 * size**3  # 4/3 size^3, at a tenth of a matrix product's speed
+    eigenvalues = (50 if vectors else 10) * size**3  # at a tenth of a matrix product's speed
     if large <= width:
         return Cost(2 * a * b * width + 2 * size**2 * large + eigenvalues, 8 * (a * b + 3 * size**2))
     if small <= width:
         return Cost(2 * small * width**2 + 2 * small**2 * width + eigenvalues, 16 * small * width + 24 * size**2)
-    return Cost(60 * width**3 + eigenvalues, 40 * width**2)  # the root of a covariance takes eigenvectors
+    return Cost(4 * width**3 + eigenvalues + 2 * vectors * a * width**2, 40 * width**2)
 
 
 def evaluation_faults(
@@ -91,6 +99,7 @@ def evaluation_faults(
     if reasons:
         smaller = chain(
             ["evaluate=inception", "a smaller dataset.image_size"] if p.features == "pixels" else [],
+            ["evaluate.reference_images=10000"] if (p.reference_images or max(counts.values())) > 10_000 else [],
             ["evaluate.reference=test"] if p.reference != "test" else [],
             ["a smaller dataset.subset", "a smaller sample.count"],
         )

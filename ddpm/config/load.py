@@ -14,15 +14,19 @@ from pydantic import ValidationError
 from ddpm.config.checks import Faults, fault_lines, setting_faults
 from ddpm.config.schema import Params
 from ddpm.config.targets import LR_SCHEDULER, OPTIMIZER, TRANSFORM, near, shown, target_faults
-from ddpm.core.schedules import schedule_faults
+from ddpm.core.schedules import crosses_zero, schedule_faults
 from ddpm.errors import UserError
 
 RENAMED = {
+    "train.ema_decay": "train.ema_widths",
     "train.log_every": "train.log_every_steps",
     "train.sample_every": "train.preview_every_epochs",
     "train.save_every": "train.save_every_seconds",
+    "evaluate.inception_weights": "evaluate.weights",
 }
-# Settings that not every choice of their group can use: the setting that decides, and its values that use them
+REMOVED = {"evaluate.kid_subset_size": "removed, since KID takes all pairs of images; delete the line"}
+# Settings that not every choice of their group can use: the setting that decides, and its values that use them (of
+# `timm:<name>` the first part)
 USED_BY = {
     "dataset.test_fraction": ("name", ("digits", "folder")),
     "dataset.on_broken": ("name", ("folder",)),
@@ -30,8 +34,10 @@ USED_BY = {
     "diffusion.beta_start": ("schedule", ("linear", "sigmoid")),
     "diffusion.beta_end": ("schedule", ("linear", "sigmoid")),
     "sample.eta": ("sampler", ("ddim",)),
-    "evaluate.inception_weights": ("features", ("inception",)),
+    "evaluate.weights": ("features", ("inception", "timm")),
+    "evaluate.input_size": ("features", ("timm",)),
 }
+FILES = {"timm": "dinov2"}  # of conf/, where it has another name than the choice
 WATCHED = "requirements.txt"  # dataset.path of every set but folder: what DVC watches
 
 
@@ -69,6 +75,11 @@ def load_params(sections: tuple[str, ...], path: str | Path = "params.yaml") -> 
     """
     params = load_all(path)
     return SimpleNamespace(**{name: getattr(params, name) for name in sections})
+
+
+def plain(params: Params) -> dict[str, Any]:
+    """The sections of `load_params` as plain values, `_target_` under that name."""
+    return {name: section and section.model_dump(by_alias=True) for name, section in vars(params).items()}
 
 
 def check(tree: Any, source: str = "params.yaml") -> Params:
@@ -115,6 +126,8 @@ def _schema_line(path: str, fault: Any) -> str:
         return f"{path}: missing; add it, or compose the file again from conf/ (make params)"
     if path in RENAMED:
         message = f"renamed to {RENAMED[path]}"
+    elif path in REMOVED:
+        message = REMOVED[path]
     elif fault["type"] == "extra_forbidden":
         names = _field_names(fault["loc"])
         message = f"unknown key{near(str(fault['loc'][-1]), names)}; allowed: {', '.join(names)}"
@@ -176,7 +189,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _cross_section_faults(params: Params) -> Faults:
-    for rule in (_used, _paths, _network, _processes, _schedule, _sampling, _classes, _evaluation):
+    for rule in (_used, _paths, _network, _processes, _schedule, _levels, _averages, _sampling, _classes, _evaluation):
         yield from rule(params)
 
 
@@ -186,9 +199,11 @@ def _used(params: Params) -> Faults:
         name, _, setting = path.partition(".")
         section = getattr(params, name)
         choice = getattr(section, decisive)
-        given, used = setting in section.model_fields_set, choice in users
+        kind = choice.partition(":")[0]
+        given, used = setting in section.model_fields_set, kind in users
         if used and not given:
-            yield path, f"missing, and {name}.{decisive} = {choice!r} uses it; add it as in conf/{name}/{users[0]}.yaml"
+            file = FILES.get(kind, users[0])
+            yield path, f"missing, and {name}.{decisive} = {choice!r} uses it; add it as in conf/{name}/{file}.yaml"
         if path == "sample.eta" and any(line.sampler in users for line in params.evaluate.nfe_curve):
             continue  # the curve draws by DDIM, too
         if given and not used:
@@ -251,6 +266,28 @@ def _schedule(params: Params) -> Faults:
         yield f"diffusion.{name}", message
 
 
+def _levels(params: Params) -> Faults:
+    levels, width, p = params.train.noise_levels, params.train.noise_levels_width, params.diffusion
+    if levels == "uniform" and width is not None:
+        yield "train.noise_levels_width", "has no effect where train.noise_levels = 'uniform'; set it to null"
+    if levels != "uniform" and width is None:
+        yield "train.noise_levels_width", f"train.noise_levels = {levels!r} needs one; 2 is usual"
+    if levels != "uniform" and not crosses_zero(p.timesteps, p.schedule, p.beta_start, p.beta_end):
+        yield (
+            "train.noise_levels",
+            "needs a schedule whose log SNR crosses 0; set it to uniform, raise diffusion.beta_end, or use "
+            "diffusion=cosine",
+        )
+
+
+def _averages(params: Params) -> Faults:
+    widths, chosen = params.train.ema_widths, params.sample.ema_width
+    if len(set(widths)) < len(widths):
+        yield "train.ema_widths", "names a width twice"
+    if chosen is not None and chosen not in widths:
+        yield "sample.ema_width", f"must be one of train.ema_widths = {widths}, or null for the first"
+
+
 def _sampling(params: Params) -> Faults:
     timesteps = params.diffusion.timesteps
     if params.sample.steps > timesteps:
@@ -261,13 +298,15 @@ def _sampling(params: Params) -> Faults:
 
 def _classes(params: Params) -> Faults:
     sample, conditional, needed = params.sample, params.model.class_conditional, "needs model.class_conditional = true"
+    if not conditional and params.train.label_dropout != "auto":
+        yield "train.label_dropout", f"{needed}; set it to auto"
     if not conditional and sample.classes is not None:
         yield "sample.classes", needed
     if not conditional and sample.class_frequencies != "equal":
         yield "sample.class_frequencies", needed
     if not conditional and sample.guidance != 1:
         yield "sample.guidance", f"{needed}; 1 is no guidance"
-    if conditional and sample.guidance != 1 and params.train.label_dropout == 0:
+    if conditional and sample.guidance != 1 and params.train.hidden_labels == 0:
         yield (
             "sample.guidance",
             "needs train.label_dropout above 0, so that the network also learns to do without a label; 1 is no "

@@ -5,9 +5,10 @@ Imports neither torch nor NumPy, as all of ddpm/config: a wrong value must stop 
 environment that makes results reproducible must be set before either is loaded.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -25,7 +26,7 @@ AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused and nothing is converted: `"3"` is no integer, `3.0` neither."""
+    """Unknown keys are refused and nothing is converted: `"3"` is not an integer, `3.0` neither."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -129,18 +130,36 @@ class Train(Section):
     workers: Annotated[int, Field(ge=0, le=256)]
     warmup_steps: Annotated[int, Field(ge=0)]
     grad_clip: Annotated[float, Field(gt=0)] | None
-    ema_decay: Probability
+    ema_widths: Annotated[list[Annotated[float, Field(ge=0, le=0.28)]], Field(min_length=1, max_length=8)]
     flip: bool
     transforms: list[dict[str, Any]]
     precision: Literal["auto", "fp32", "bf16"]
     channels_last: AutoBool
     compile: AutoBool
     activation_checkpointing: bool
+    noise_levels: Literal["uniform", "normal", "laplace"]
+    noise_levels_width: Annotated[float, Field(ge=0.1, le=100)] | None
+    stratified: bool
+    noise_coupling: Literal["independent", "assigned"]
     weighting: Literal["simple", "min_snr"]
-    label_dropout: Probability
+    label_dropout: Literal["auto"] | float
     log_every_steps: Count
+    held_out_every_epochs: Count
+    keep: Literal["last", "best"]
     preview_every_epochs: Annotated[int, Field(ge=0)]
     save_every_seconds: Annotated[float, Field(gt=0)]
+
+    @field_validator("label_dropout", mode="before")
+    @classmethod
+    def _auto_or_share(cls, value: Any) -> Any:
+        if value == "auto" or (type(value) in (int, float) and 0 <= value < 1):
+            return value if value == "auto" else float(value)
+        raise ValueError("should be auto, or a number from 0 up and below 1")
+
+    @property
+    def hidden_labels(self) -> float:
+        """The share of its images that a class-conditional network is trained on without their label."""
+        return 0.1 if self.label_dropout == "auto" else self.label_dropout
 
     @field_validator("steps")
     @classmethod
@@ -166,7 +185,14 @@ class Sample(Section):
     classes: Annotated[list[str | int], Field(min_length=1)] | None
     class_frequencies: Literal["equal", "data"]
     guidance: Annotated[float, Field(ge=0, le=1000)]
+    ema_width: Annotated[float, Field(ge=0, le=0.28)] | None
     grid: Count
+
+
+def _extractor(value: str) -> str:
+    if value in ("pixels", "inception") or re.fullmatch(r"timm:\w+(\.[\w.-]+)?", value):
+        return value
+    raise ValueError("should be pixels, inception, or timm:<name> of a model of the library timm")
 
 
 class NfeCurve(Section):
@@ -181,11 +207,12 @@ class Evaluate(Section):
 
     seed: Seed
     seeds: Annotated[int, Field(ge=1, le=100)]
-    features: Literal["pixels", "inception"]
-    inception_weights: str | None = None
+    features: Annotated[str, AfterValidator(_extractor)]
+    weights: Annotated[str, Field(min_length=1)] | None = None
+    input_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     reference: Literal["train", "test", "all"]
+    reference_images: Annotated[int, Field(ge=2, lt=2**31)] | None
     neighbours: Count
-    kid_subset_size: Annotated[int, Field(ge=2)]
     batch_size: Count
     loss_bins: Count
     loss_images: Count | None

@@ -1,7 +1,8 @@
 """Objects that parameters may name by `_target_`: optimizers, learning-rate schedulers and image transforms.
 
-Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules and nowhere else.
-A class of theirs that cannot work here is refused with the reason (`not_for_params`). Names and arguments are checked
+Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules of torch, and among the
+few classes of this project that stand beside them (`own`), and nowhere else.
+A class that cannot work here is refused with the reason (`not_for_params`). Names and arguments are checked
 against the modules' source text, without importing it: importing torch takes longer than the two seconds in which a
 wrong parameter has to be refused.
 """
@@ -29,12 +30,14 @@ class Kind:
         base: the class that they all inherit from.
         instead: advice for whoever names one that cannot work here.
         not_for_params: the classes that cannot work here, each with the reason.
+        own: classes of this project that can be named in the same place, by their full names.
     """
 
     module: str
     base: str
     instead: str
     not_for_params: Mapping[str, str] = field(hash=False)
+    own: tuple[str, ...] = ()
 
 
 OPTIMIZER = Kind(
@@ -44,8 +47,9 @@ OPTIMIZER = Kind(
     {
         "LBFGS": "calls the loss several times per step",
         "SparseAdam": "takes sparse gradients only",
-        "Muon": "takes matrices only, and the network has other parameters",
+        "Muon": "takes matrices only, and the network has other parameters; optimizer=muon is this project's",
     },
+    own=("ddpm.training.muon.Muon",),
 )
 LR_SCHEDULER = Kind(
     "torch.optim.lr_scheduler",
@@ -127,8 +131,13 @@ def allowed_names(kind: Kind) -> list[str]:
 
 @cache
 def argument_names(kind: Kind, name: str) -> list[str]:
-    """The arguments of a class's constructor, less the parameters or the optimizer that the caller passes."""
-    classes = _classes(kind.module)
+    """The arguments of a class's constructor, less the parameters or the optimizer that the caller passes.
+
+    Args:
+        name: of a class in the kind's module, or the full name of one of the project's own.
+    """
+    module, _, name = name.rpartition(".")
+    classes = _classes(module or kind.module)
     for owner in _bases(name, classes):
         for node in classes[owner].body:
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
@@ -161,16 +170,18 @@ def target_faults(node: Any, kind: Kind, path: str) -> Iterator[str]:
         return
     module, _, name = node["_target_"].rpartition(".")
     names = allowed_names(kind)
+    own = node["_target_"] in kind.own
     if module == kind.module and name in kind.not_for_params:
         yield f"{path}._target_ = {shown(node['_target_'])}: {kind.not_for_params[name]}; {kind.instead}"
         return
-    if module != kind.module or name not in names:
+    if not own and (module != kind.module or name not in names):
+        listed = ", or ".join((", ".join(names), *kind.own))
         yield (
             f"{path}._target_ = {shown(node['_target_'])}: unknown{near(name, names)}; "
-            f"allowed are the classes {kind.module}.<name>: {', '.join(names)}"
+            f"allowed are the classes {kind.module}.<name>: {listed}"
         )
         return
-    arguments = argument_names(kind, name)
+    arguments = argument_names(kind, node["_target_"] if own else name)
     for key, value in node.items():
         if key != "_target_" and key not in arguments:
             yield (
@@ -200,11 +211,12 @@ def build(node: dict[str, Any], kind: Kind, *args: Any) -> Any:
     """
     if fault := next(target_faults(node, kind, kind.base.lower()), None):
         raise ValueError(fault)
-    cls = getattr(importlib.import_module(kind.module), node["_target_"].rpartition(".")[2])
+    module, _, name = node["_target_"].rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
     kwargs = {key: _value(value, kind) for key, value in node.items() if key != "_target_"}
     try:
         return cls(*args, **kwargs)
-    except Exception as error:  # of whatever kind: the class is torch's own, so the fault is in the arguments
+    except Exception as error:  # of any class: the code is torch's, so the fault is in the arguments
         text = " ".join(f"{error}".split()) or type(error).__name__
         raise ValueError(f"{node['_target_']}: {text}") from None
 

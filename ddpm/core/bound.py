@@ -1,5 +1,6 @@
 """The variational bound on the likelihood of images, term by term (Ho et al. 2020, section 3 and 4.3)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,18 +21,22 @@ class Bound:
         prior: L_T, what x_T still knows of the image.
         terms: float64 (T,): L_0, the cost of the pixels given x_1, then L_{t} of each step t = 1 ... T-1.
         x0_mse: float64 (T,): the mean squared error of the prediction of x_0 at each t, in [-1, 1] units.
+        error: the standard error of the whole bound over images, each with its noise; NaN for a single image.
     """
 
     prior: float
     terms: np.ndarray
     x0_mse: np.ndarray
+    error: float
 
     @classmethod
     def of(cls, sums: np.ndarray, count: int) -> "Bound":
         """From the sums over `count` images, float64 (3, T): of the terms, of the squared errors, and of L_T, which
-        stands first in its row; `bound_sums` gives those of a batch, and batches add up."""
-        terms, errors, prior = sums / count
-        return cls(float(prior[0]), terms, errors)
+        stands first in its row, with that of the squares of each image's whole bound after it; `bound_sums` gives those
+        of a batch, and batches add up."""
+        terms, errors, (prior, square, *_) = sums / count
+        variance = max(0.0, square - (prior + terms.sum()) ** 2) / (count - 1) if count > 1 else math.nan
+        return cls(float(prior), terms, errors, math.sqrt(variance))
 
     @property
     def bits_per_dim(self) -> float:
@@ -72,6 +77,7 @@ def bound_sums(
     noise: Callable[[], Tensor],
     variance: Variance,
     on_step: Callable[[], object] = lambda: None,
+    at_once: int = 1,
 ) -> np.ndarray:
     """Evaluate every term on a batch: the sums over its images that `Bound.of` takes, float64 (3, T).
 
@@ -80,22 +86,32 @@ def bound_sums(
         noise: gives the next standard normal (B, C, H, W), one for each t = 0 ... T-1.
         variance: of the reverse process, as for sampling; fixed_large is the better bound for few training steps.
         on_step: called after each of the T network evaluations.
+        at_once: of these evaluations, as one batch (at_once * B, C, H, W) in which the images are repeated; it divides
+            T. The model is that of such a batch.
     """
     sums = np.zeros((3, diffusion.timesteps))
-    sums[2, 0] = diffusion.prior_term(x0).double().sum().item()
-    for step in range(diffusion.timesteps):
-        term, error = _term(model, diffusion, x0, step, noise(), variance)
-        sums[0, step] = term.double().sum().item()
-        sums[1, step] = error.double().sum().item()
-        on_step()
+    whole = diffusion.prior_term(x0).double()
+    sums[2, 0] = whole.sum().item()
+    images = x0.repeat(at_once, 1, 1, 1)
+    for first in range(0, diffusion.timesteps, at_once):
+        t = torch.arange(first, first + at_once, device=x0.device).repeat_interleave(len(x0))
+        noises = torch.cat([noise() for _ in range(at_once)])
+        terms, errors = (
+            part.double().view(at_once, -1) for part in _term(model, diffusion, images, t, noises, variance)
+        )
+        sums[0, first : first + at_once] = terms.sum(1).cpu().numpy()
+        sums[1, first : first + at_once] = errors.sum(1).cpu().numpy()
+        whole += terms.sum(0)
+        for _ in range(at_once):
+            on_step()
+    sums[2, 1] = whole.square().sum().item()
     return sums
 
 
 def _term(
-    model: Model, diffusion: GaussianDiffusion, x0: Tensor, step: int, noise: Tensor, variance: Variance
+    model: Model, diffusion: GaussianDiffusion, x0: Tensor, t: Tensor, noise: Tensor, variance: Variance
 ) -> tuple[Tensor, Tensor]:
-    """The term of one timestep and the squared error of its prediction of x_0, each (B,)."""
-    t = torch.full((len(x0),), step, device=x0.device)
+    """The term of each image's timestep and the squared error of its prediction of x_0, each (B,)."""
     x_t = diffusion.q_sample(x0, t, noise)
     output, share = diffusion.split(model(x_t, t))
     predicted = diffusion.predict_x0(x_t, t, output).clamp(-1, 1)

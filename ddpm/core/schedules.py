@@ -7,19 +7,31 @@ LEAST_NOISE = 1e-12  # of 1 - alpha_bar at the first timestep: float64 keeps fou
 LEAST_SIGNAL = 1e-60  # of alpha_bar at the last timestep: float32 divides by its square root
 
 
-def schedule_faults(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> Iterator[tuple[str, str]]:
-    """What is wrong with a schedule: the name of a setting of `diffusion`, and why it is refused; never of a cosine."""
-    if schedule == "cosine":
-        return
+def _log_signals(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> tuple[float, float]:
+    """log alpha_bar at the first timestep and at the last, of a linear or sigmoid schedule."""
 
     def beta(place: float) -> float:
         share = 1 / (1 + math.exp(6 - 12 * place)) if schedule == "sigmoid" else place
         return beta_start + share * (beta_end - beta_start)
 
-    if beta(0) < LEAST_NOISE:
-        yield "beta_start", f"must be {LEAST_NOISE:g} or more: the first timestep adds no noise otherwise"
+    return math.log1p(-beta(0)), sum(math.log1p(-beta(t / (timesteps - 1))) for t in range(timesteps))
 
-    signal = sum(math.log1p(-beta(t / (timesteps - 1))) for t in range(timesteps))  # log alpha_bar at the end
+
+def crosses_zero(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> bool:
+    """Whether the log SNR starts above 0 and ends below it: the signal's share, alpha_bar, above and below a half."""
+    if schedule == "cosine":
+        return timesteps > 2  # of two timesteps, the first has 0.494
+    first, last = _log_signals(timesteps, schedule, beta_start, beta_end)
+    return first > math.log(0.5) > last
+
+
+def schedule_faults(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> Iterator[tuple[str, str]]:
+    """What is wrong with a schedule: the name of a setting of `diffusion`, and why it is refused; never of a cosine."""
+    if schedule == "cosine":
+        return
+    first, signal = _log_signals(timesteps, schedule, beta_start, beta_end)
+    if -math.expm1(first) < LEAST_NOISE:
+        yield "beta_start", f"must be {LEAST_NOISE:g} or more: the first timestep adds no noise otherwise"
     if signal < math.log(LEAST_SIGNAL):
         most = int(timesteps * math.log(LEAST_SIGNAL) / signal)
         yield (

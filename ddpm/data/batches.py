@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddpm.config.checks import steps_per_epoch
 from ddpm.core.seeding import derive, generator
+from ddpm.data.prepared import Images
 from ddpm.data.transforms import Transforms
 from ddpm.errors import UserError
 from ddpm.runtime import processes
@@ -19,7 +20,7 @@ from ddpm.runtime import processes
 
 def as_tensor(images: np.ndarray) -> Tensor:
     """uint8 (B, H, W, C) as stored, possibly memory-mapped, to a uint8 tensor (B, C, H, W)."""
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants memory that may be written
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants writable memory
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
@@ -79,8 +80,7 @@ class _Order:
 
 
 def batches(
-    images: np.ndarray,
-    labels: np.ndarray,
+    split: Images,
     *,
     batch_size: int,
     seed: int,
@@ -89,12 +89,12 @@ def batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """The training batches of the steps asked for: the same for a step whatever came before it.
+    """The training batches of these steps: a step's batch does not depend on where the range starts.
 
-    An epoch is a permutation of the images, less the rest that fills no batch. A batch larger than that is an epoch of
-    its own: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw again for
-    every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where there
-    are several processes, each gets its share of every batch.
+    An epoch is a permutation of the images, without the remainder that fills no batch. A batch larger than that is an
+    epoch by itself: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw
+    for every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where
+    there are several processes, each gets its share of every batch.
 
     Returns:
         A generator of images (B, C, H, W), uint8, or float32 in [0, 1] where the transforms end in floats, and their
@@ -104,9 +104,9 @@ def batches(
         UserError: from the generator too: a transform fails, or gives something else.
     """
     loader = DataLoader(
-        _Batches(images, labels, Transforms(transforms), seed),
+        _Batches(*split, Transforms(transforms), seed),
         batch_size=None,
-        sampler=_Order(len(images), batch_size, seed, steps.start, steps.stop),
+        sampler=_Order(len(split.images), batch_size, seed, steps.start, steps.stop),
         generator=torch.Generator(),  # else the loader would draw from the global one
         num_workers=workers,
         pin_memory=pin_memory,

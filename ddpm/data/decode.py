@@ -42,8 +42,8 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's limit and its warning give way to data
 def image_files(folder: Path) -> tuple[list[str], int]:
     """The image files below `folder`, as sorted posix paths relative to it, and how many other files are there.
 
-    Hidden files and folders, and those that systems make, such as thumbnails, count for nothing. A link may name a
-    file inside `folder`; links to folders inside are passed over, since what they hold is found in its own place.
+    Hidden files and folders, and those that systems make, such as thumbnails, are ignored. A link may name a
+    file inside `folder`; links to folders inside are skipped, since their files are found in their own place.
 
     Raises:
         UserError: a link leads out of `folder`.
@@ -104,7 +104,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def decode_file(path: str, size: int, channels: int, max_megapixels: float) -> Pixels | str:
-    """One image file (the first frame of an animation) as uint8 (size, size, channels), or why it is none.
+    """One image file (the first frame of an animation) as uint8 (size, size, channels), or why it is not an image.
 
     A file that promises more than `max_megapixels` million pixels, for which memory would be needed, is refused.
 
@@ -144,7 +144,7 @@ def _decoded(image: Image.Image, content: bytes, size: int) -> Image.Image:
     if image.format == "WEBP" and webp_has_a_hole(content):
         raise ValueError("a part of the file was lost and is zeros")
     if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
-        return image.convert("RGB")  # a channel that was never filled in: nobody saves a picture of nothing
+        return image.convert("RGB")  # all transparent: a channel that was never filled in
     if image.format == "PNG" and png_is_damaged(content):
         raise ValueError("a checksum does not fit the pixels")
     if image.format == "PNG" and "transparency" in image.info:

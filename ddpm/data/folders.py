@@ -1,4 +1,4 @@
-"""The layout of a person's folder: which images are trained on, which are held out, and what their classes are.
+"""The layout of a user's folder: which images are trained on, which are held out, and what their classes are.
 
 A split or a wrapping folder is taken where the names of the folders leave no doubt. Anything else is refused in a
 line that says what was seen: held-out images must never be trained on.
@@ -292,14 +292,14 @@ def _check_names(folder: Path, here: str) -> None:
                 name.encode()
             except UnicodeEncodeError:
                 raise UserError(
-                    f"{here}: the name of {legible(Path(parent, name))} is not UTF-8; rename it, or mend all names: "
+                    f"{here}: the name of {legible(Path(parent, name))} is not UTF-8; rename it, or fix all names: "
                     f"convmv -f latin1 -t utf8 -r --notest {shlex.quote(legible(folder))}"
                 ) from None
 
 
 def _why_missing(folder: Path) -> str:
     if folder.exists():
-        return "is no folder; set dataset.path to the folder with your images"
+        return "is not a folder; set dataset.path to the folder with your images"
     alike = [
         path
         for path in (sorted(folder.parent.iterdir()) if folder.parent.is_dir() else [])
@@ -314,7 +314,7 @@ def _why_missing(folder: Path) -> str:
 
 
 def _of_workspace(folder: Path) -> str:
-    """What to do where DVC runs the stage in a copy of the repository, which lacks what nobody tracks."""
+    """What to do where DVC runs the stage in a copy of the repository, which lacks untracked files."""
     root = os.environ.get("DVC_ROOT")
     if root is None or folder.is_absolute() or Path(root).resolve() == Path.cwd():
         return ""

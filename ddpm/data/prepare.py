@@ -93,10 +93,10 @@ def _converted(
 
 
 class Written(NamedTuple):
-    """What became of a split."""
+    """The outcome of a split."""
 
     labels: npt.NDArray[np.int64]  # of the images that are whole
-    files: list[str]  # theirs; empty where the images are no files
+    files: list[str]  # the files of these images; empty for images that are not files
     marks: npt.NDArray[np.uint64]  # a hash of the pixels of each
     broken: list[str]  # a line for each other file
 
@@ -157,7 +157,7 @@ def _report_broken(broken: list[str], counts: dict[str, int], dataset: Dataset) 
         lines.append(f"and {len(broken) - NAMED_FAULTS} more")
     total = f"{len(broken)} of {len(broken) + sum(counts.values())} images in {dataset.path} are broken"
     if dataset.on_broken == "stop":
-        raise UserError("\n".join([*lines, f"{total}: mend or remove them, or leave them out: dataset.on_broken=skip"]))
+        raise UserError("\n".join([*lines, f"{total}: repair or remove them, or skip them: dataset.on_broken=skip"]))
     for name, count in counts.items():
         if count == 0:
             raise UserError("\n".join([*lines, f"{total}, and none is left to {name} on"]))
@@ -176,7 +176,7 @@ def _report_classes(names: list[str], train: npt.NDArray[np.int64], test: npt.ND
     lost = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if lost:
         raise UserError(
-            f"no training image is left of {listed(lost)}: mend or replace the broken ones, or move "
+            f"no training image is left of {listed(lost)}: repair or replace the broken ones, or move "
             f"{'these classes' if len(lost) > 1 else 'this class'} out of the data set"
         )
     untested = [name for name, count in zip(names, held_out, strict=True) if count == 0]
@@ -202,7 +202,7 @@ def _report_copies(train: Written, test: Written) -> None:
 def _replacing(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of `out` at the end, or is removed when something goes wrong before."""
     tmp = out.with_name(f"{out.name}.tmp")
-    if tmp.exists():  # of a run that was killed
+    if tmp.exists():  # left by a run that was killed
         shutil.rmtree(tmp)
     new, old = tmp / "new", tmp / "old"
     try:

@@ -70,7 +70,7 @@ def _digits(test_fraction: float) -> Source:
 
 
 def _folder(folder: Path, test_fraction: float) -> Source:
-    """A person's own images; their sub-folders, if any, are the classes."""
+    """The user's own images; their sub-folders, if any, are the classes."""
     sides = read_folder(folder, test_fraction)
     names = sorted({name for name in sides.train.values() if name is not None})
     label = {name: k for k, name in enumerate(names)} | {None: 0}

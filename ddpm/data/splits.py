@@ -7,13 +7,13 @@ from ddpm.errors import UserError
 
 
 def hold_out(number: npt.NDArray[np.generic], labels: npt.NDArray[np.int64], threshold: float) -> npt.NDArray[np.bool_]:
-    """Hold out the images whose `number` is below `threshold`, and mend what that does to a class.
+    """Hold out the images whose `number` is below `threshold`, and correct what that does to a class.
 
     Each class keeps its highest number for training and, where it has two, gives one to the held-out side: its
     lowest. Images of the same number are copies: they stay together and count once.
 
     Args:
-        number: (N,), fixed for an image whatever other images there are.
+        number: (N,), the same for an image whatever other images there are.
         labels: int64 (N,).
 
     Returns:

@@ -40,8 +40,8 @@ class Transforms:
                     self._steps.append((i, build(part, TRANSFORM)))
                 except ValueError as error:
                     text = str(error).removeprefix(f"{part['_target_']}: ")
-                    mends = "write a dtype as torch.float32" if "torch.dtype" in text else ARGUMENTS
-                    raise self._fault(i, text.rstrip("."), mends) from None
+                    remedy = "write a dtype as torch.float32" if "torch.dtype" in text else ARGUMENTS
+                    raise self._fault(i, text.rstrip("."), remedy) from None
 
     def __call__(self, image: Tensor, seed: int, *, closely: bool = False) -> Any:
         """Transform uint8 (C, H, W). Seeds torch's global generator, which the caller has to fork.
@@ -58,10 +58,10 @@ class Transforms:
             given = image
             try:
                 image = step(given)
-            except Exception as error:  # of whatever kind: the class is torchvision's own, so the list is at fault
+            except Exception as error:  # of any class: the code is torchvision's, so the list is at fault
                 text = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-                mends = NORMALIZE if self._names("Normalize", i) else ARGUMENTS
-                raise self._fault(i, f"{text} (given {_described(given)})", mends) from None
+                remedy = NORMALIZE if self._names("Normalize", i) else ARGUMENTS
+                raise self._fault(i, f"{text} (given {_described(given)})", remedy) from None
             if closely:
                 self._check_range(image, i)
         return image
@@ -76,18 +76,18 @@ class Transforms:
             if not isinstance(image, Tensor):
                 raise self._fault(None, f"gives {_described(image)}", f"{RULE}; add ToImage")
             if image.shape != tuple(shape):
-                mends = "end the list with a Resize or a crop to that size"
+                remedy = "end the list with a Resize or a crop to that size"
                 if image.ndim == len(shape) and image.shape[0] != shape[0]:
-                    mends = f"give Grayscale num_output_channels: {shape[0]}, or leave out what changes the channels"
-                mends = f"the network takes {tuple(shape)}; {mends}"
-                raise self._fault(None, f"gives images of shape {tuple(image.shape)}", mends)
+                    remedy = f"give Grayscale num_output_channels: {shape[0]}, or leave out what changes the channels"
+                remedy = f"the network takes {tuple(shape)}; {remedy}"
+                raise self._fault(None, f"gives images of shape {tuple(image.shape)}", remedy)
         dtypes = sorted({_dtype(image) for image in images})
         if len(dtypes) > 1:
-            mends = f"{RULE}; apply what converts to every image, or to none"
-            raise self._fault(None, f"gives {' or '.join(dtypes)} by chance", mends)
+            remedy = f"{RULE}; apply what converts to every image, or to none"
+            raise self._fault(None, f"gives {' or '.join(dtypes)} by chance", remedy)
         if dtypes[0] not in ("uint8", "float32"):
-            mends = f"{RULE}; end it with ToDtype (dtype: torch.float32, scale: true), or leave the conversion out"
-            raise self._fault(None, f"gives images of {dtypes[0]}", mends)
+            remedy = f"{RULE}; end it with ToDtype (dtype: torch.float32, scale: true), or leave the conversion out"
+            raise self._fault(None, f"gives images of {dtypes[0]}", remedy)
         batch = torch.stack(list(images))
         self._check_range(batch, None)
         return batch
@@ -108,8 +108,8 @@ class Transforms:
         batch = self.stack(given, shape)
         low, high = (float(bound) for bound in batch.aminmax())
         if (high - low) / (1 if batch.is_floating_point() else 255) < SPAN:
-            mends = "that is hardly any contrast; give scale: true to each ToDtype, and leave Normalize out"
-            raise self._fault(None, f"gives {_dtype(batch)} from {low:.4g} to {high:.4g} for any image", mends)
+            remedy = "that is hardly any contrast; give scale: true to each ToDtype, and leave Normalize out"
+            raise self._fault(None, f"gives {_dtype(batch)} from {low:.4g} to {high:.4g} for any image", remedy)
 
     def _check_range(self, images: Any, i: int | None) -> None:
         """Refuse float images outside [0, 1], which transform `i`, or the whole list, has given."""
@@ -118,20 +118,20 @@ class Transforms:
         low, high = (float(bound) for bound in images.aminmax())
         if low >= -TOLERANCE and high <= 1 + TOLERANCE:  # NaN is neither
             return
-        mends = "put what resizes, pads, rotates or erases before ToDtype, or give it a fill in [0, 1]"
+        remedy = "put what resizes, pads, rotates or erases before ToDtype, or give it a fill in [0, 1]"
         if self._names("Normalize", i):
-            mends = NORMALIZE
+            remedy = NORMALIZE
         elif high > 2 and self._names("ToDtype", i):
-            mends = "give scale: true to ToDtype"
-        raise self._fault(i, f"gives floats from {low:.4g} to {high:.4g}, and must stay in [0, 1]", mends)
+            remedy = "give scale: true to ToDtype"
+        raise self._fault(i, f"gives floats from {low:.4g} to {high:.4g}, and must stay in [0, 1]", remedy)
 
     def _names(self, name: str, i: int | None) -> bool:
         """Whether transform `i`, or any of the list, is of this class or holds one that is."""
         return f"'{MODULE}.{name}'" in str(self.nodes if i is None else self.nodes[i])
 
-    def _fault(self, i: int | None, text: str, mends: str) -> UserError:
+    def _fault(self, i: int | None, text: str, remedy: str) -> UserError:
         name = "" if i is None else f".{i} ({str(self.nodes[i]['_target_']).rpartition('.')[2]})"
-        return UserError(f"params.yaml: train.transforms{name}: {legible(text)}; {mends}")
+        return UserError(f"params.yaml: train.transforms{name}: {legible(text)}; {remedy}")
 
 
 def _dtype(image: Tensor) -> str:

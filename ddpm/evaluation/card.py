@@ -1,6 +1,7 @@
 """How an evaluation is reported: numbers to compare, and a fact sheet with all that they were measured with."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,31 @@ from typing import Any
 from ddpm.config.schema import Evaluate, Sample
 from ddpm.files import write_file
 
-DIGITS = 4  # of every number that is written: what is the same on every machine, and more than its spread
+DECIMALS, MOST_DECIMALS = 4, 6  # of a number without an error, and of any: what is the same on every machine
+
+
+def decimals(error: float | None) -> int:
+    """The decimals of a number with this standard error: as many as give the error two significant digits."""
+    if error is None or not 0 < error < math.inf:
+        return DECIMALS
+    return min(MOST_DECIMALS, max(0, 1 - math.floor(math.log10(float(f"{error:.1e}")))))
+
+
+def measured(row: Mapping[str, Any], name: str) -> str:
+    """A number of a row, with `name`_se where the row has it: value ± standard error."""
+    value, error = row[name], row.get(f"{name}_se")
+    places = decimals(error)
+    return f"{value:.{places}f}" + ("" if error is None else f" ± {error:.{places}f}")
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of values as they are written. NaN, what is not defined for the data, is left out: JSON has none."""
-    short = {key: round(value, DIGITS) if isinstance(value, float) else value for key, value in row.items()}
+    """A row of values as they are written: a number and its error `..._se` to the same decimals. NaN, what is not
+    defined for the data, is left out: JSON has none."""
+    short = {}
+    for key, value in row.items():
+        name = key.removesuffix("_se")
+        error = row.get(f"{name}_se") if name in row else None
+        short[key] = round(value, decimals(error)) if isinstance(value, float) else value
     return {key: value for key, value in short.items() if value == value}
 
 
@@ -28,6 +48,7 @@ def card(
     evaluate: Evaluate,
     sample: Sample,
     data: Mapping[str, Any],
+    extractor: str,
     digest: str,
     classes: Sequence[str],
 ) -> str:
@@ -36,37 +57,18 @@ def card(
     Args:
         values: what metrics.json holds.
         data: the content of dataset.json.
-        digest: sha256 of the extractor's weights, or "none".
+        extractor: what the features are those of.
+        digest: sha256 of its weights, or "none".
         classes: the names of the classes that were drawn; none for an unconditional model.
     """
 
     numbers = rounded(values)
-
-    def shown(*names: str) -> str:
-        return " / ".join(f"{numbers[name]:g}" if name in numbers else "not defined" for name in names)
-
-    distance = "FID" if evaluate.features == "inception" else "Fréchet distance"
+    rows = _results(numbers, evaluate, sample.variance)
     noise = {"ddim": f", eta {sample.eta:g}", "ddpm": f", variance {sample.variance}", "dpm_solver": ""}[sample.sampler]
-    rows = {distance: shown("frechet_distance")}
-    if evaluate.seeds > 1:
-        spread = f"{shown('frechet_distance_mean')} ± {shown('frechet_distance_std')}"
-        rows[f"{distance}, {evaluate.seeds} seeds"] = f"{spread} (mean ± standard deviation)"
     rows |= {
-        f"{distance} to train / to test": shown("frechet_distance_train", "frechet_distance_test"),
-        "Floor: two halves of the reference": shown("frechet_distance_real_halves"),
-        "Floor: test to train": shown("frechet_distance_real_test"),
-        "KID": f"{shown('kid')} ± {shown('kid_std')} (over subsets)",
-        "Precision / recall": shown("precision", "recall"),
-        "Memorisation ratio": f"{shown('memorisation_ratio')} (1: as new as held-out images; 0: copies)",
-        "Held-out loss": shown("held_out_loss"),
-    }
-    if "held_out_bound_loss" in values:
-        rows["Held-out loss, the bound's part"] = shown("held_out_bound_loss")
-    rows |= {
-        "Bits/dim, at most": f"{shown('bits_per_dim')} ({evaluate.bound_images} held-out images, {sample.variance})",
         "Samples": f"{numbers['samples']}, seed {sample.seed}",
         "Sampler": f"{sample.sampler}, {sample.spacing} spacing{noise}",
-        "NFE": shown("nfe"),
+        "NFE": str(numbers["nfe"]),
     }
     if classes:
         often = {"equal": "each as often as the others, whatever the data", "data": "as often as in the training data"}
@@ -74,11 +76,44 @@ def card(
         rows["Classes"] = f"{', '.join(classes)}; {frequencies}; guidance scale {sample.guidance:g}"
     rows |= {
         "Quantiser": "uint8, round to nearest",
-        "Extractor": evaluate.features,
+        "Extractor": extractor,
         "Extractor's weights, sha256": digest,
         "Reference": f"{data['name']}, {evaluate.reference}: {numbers['reference_images']} images of "
         + "x".join(map(str, data["shape"])),
         "Data set, sha256": data["sha256"],
     }
+    searched, there = numbers["train_images"], data["counts"]["train"]
+    if searched < there:
+        rows["Copies are looked for in"] = f"{searched} of {there} training images; those of the others are not found"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["# Evaluation", "", "| | |", "|---|---|", *lines]) + "\n"
+
+
+def _results(numbers: Mapping[str, Any], evaluate: Evaluate, variance: str) -> dict[str, str]:
+    """The rows of the card that hold what was measured."""
+
+    def shown(*names: str) -> str:
+        return " / ".join(measured(numbers, name) if name in numbers else "not defined" for name in names)
+
+    distance = "FID" if evaluate.features == "inception" else "Fréchet distance"
+    rows = {"Every ±": "the standard error over samples and held-out images; network and real images as they are"}
+    rows[distance] = shown("frechet_distance")
+    if evaluate.seeds > 1:
+        rows[f"{distance}, mean of {evaluate.seeds} seeds"] = shown("frechet_distance_mean")
+    rows |= {
+        f"{distance} of a perfect sampler": f"{shown('frechet_distance_floor')} (as many real images, resampled)",
+        f"{distance} / that of a perfect sampler": shown("frechet_distance_ratio"),
+        f"{distance}, infinitely many samples": shown("frechet_distance_infinite"),
+        f"{distance} to train / to test": shown("frechet_distance_train", "frechet_distance_test"),
+        f"{distance}, test to train": shown("frechet_distance_real_test"),
+        "KID": shown("kid"),
+        "Precision / recall": shown("precision", "recall"),
+        "Density / coverage": shown("density", "coverage"),
+        "Memorisation ratio": f"{shown('memorisation_ratio')} (1: as new as held-out images; 0: copies)",
+        "Copies: share of samples / of held-out images": shown("copies", "copies_held_out"),
+        "Held-out loss": shown("held_out_loss"),
+    }
+    if "held_out_bound_loss" in numbers:
+        rows["Held-out loss, the bound's part"] = shown("held_out_bound_loss")
+    rows["Bits/dim, at most"] = f"{shown('bits_per_dim')} ({evaluate.bound_images} held-out images, {variance})"
+    return rows

@@ -1,59 +1,26 @@
-"""Distances between two sets of features: Fréchet, kernel, precision and recall, nearest neighbours.
-
-Features are arrays (N, D): floats, or uint8 for pixels, whose levels stand for level / 255. Everything is computed in
-float64 from blocks of them, so no whole copy in float64 is made. The inner products of pixels are exact integers then:
-they depend neither on the block nor on the machine.
-"""
+"""The Fréchet distance between two sets of features (see `ddpm.evaluation.blocks`), with its standard error, its floor
+and its limit for infinitely many samples."""
 
 import math
-from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_kid import mmd2
 
 from ddpm.core.seeding import generator
+from ddpm.evaluation import estimates
+from ddpm.evaluation.blocks import double, products, row_blocks, unit
+from ddpm.evaluation.estimates import UNDEFINED, Estimate
 from ddpm.runtime.progress import Progress
 
-BLOCK = 2**22  # features in a block: 32 MiB of float64, for which memory is soon found
-PAIRS = 2**25  # distances in a block: 256 MiB
-KID_SUBSETS = 100
 CPU = torch.device("cpu")
-
-
-def _unit(features: np.ndarray) -> float:
-    """What one unit of the features is divided by, so that pixels lie in [0, 1]."""
-    return 255.0 if features.dtype == np.uint8 else 1.0
-
-
-def _double(block: np.ndarray, device: torch.device) -> Tensor:
-    """A block in float64, in the features' own units."""
-    return torch.from_numpy(np.array(block)).to(device).double()  # np.array: torch wants memory that may be written
-
-
-def _row_blocks(features: np.ndarray, others: int = 0) -> Iterator[slice]:
-    """Rows in blocks that fit `BLOCK`, or `PAIRS` with so many others."""
-    size = max(1, PAIRS // others if others else BLOCK // max(1, features.shape[1]))
-    return (slice(start, min(start + size, len(features))) for start in range(0, len(features), size))
-
-
-def products(a: np.ndarray, b: np.ndarray, device: torch.device, means: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The inner product of each row of a (N, D) with each of b (M, D), in their own units: float64 (N, M).
-
-    Args:
-        means: what to subtract from all rows of a and of b, float64 (D,) each.
-    """
-    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=device)
-    width = max(1, BLOCK // max(1, len(a) + len(b)))
-    for start in range(0, a.shape[1], width):
-        columns = slice(start, start + width)
-        left, right = _double(a[:, columns], device), _double(b[:, columns], device)
-        if means is not None:
-            left, right = left - means[0][columns], right - means[1][columns]
-        out.addmm_(left, right.T)
-    return out
+FLOOR_DRAWS = 5  # resamplings of the real images
+SPLITS = 4  # the extrapolation takes the distances of all samples, of halves, thirds and quarters
+IMAGES_PER_FEATURE = 4  # of the smallest part: below it, the distance is no longer a straight line in 1/N
+ROUNDING = 1e-14  # an eigenvalue in units of the largest
+NEGLIGIBLE = 1e-6  # a singular value in units of the largest: directions in which the samples do not vary
 
 
 class Normal:
@@ -64,169 +31,153 @@ class Normal:
         covariance: float64 (D, D) where N > D; else None: it has rank N - 1 at most, and the rows say all of it.
     """
 
-    def __init__(self, features: np.ndarray, device: torch.device = CPU, name: str = "features") -> None:
+    def __init__(self, features: np.ndarray, device: torch.device = CPU, name: str | None = None) -> None:
+        """A name shows progress on the set of this name."""
         self.features, self.device = features, device
         count, width = features.shape
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
         self.trace = 0.0
         self.covariance = torch.zeros(width, width, dtype=torch.float64, device=device) if count > width else None
-        with Progress(count, f"statistics of {name}", "img") as bar:
-            for rows in _row_blocks(features):
-                self.mean += _double(features[rows], device).sum(0) / count
-            for rows in _row_blocks(features):
-                centred = _double(features[rows], device) - self.mean
+        for rows in row_blocks(features):
+            self.mean += double(features[rows], device).sum(0) / count
+        with Progress(count, f"statistics of {name}", "img") if name else nullcontext() as bar:
+            for rows in row_blocks(features):
+                centred = double(features[rows], device) - self.mean
                 self.trace += float(centred.square().sum()) / max(1, count - 1)
                 if self.covariance is not None:
                     self.covariance.addmm_(centred.T, centred, alpha=1 / (count - 1))
-                bar.update(rows.stop - rows.start)
+                if bar is not None:
+                    bar.update(rows.stop - rows.start)
+
+    def packed(self) -> np.ndarray:
+        """Covariance, its root, mean and trace in one array, float64 (2 D + 2, D)."""
+        assert self.covariance is not None
+        trace = torch.full_like(self.mean, self.trace)
+        return torch.cat([self.covariance, self.root, self.mean[None], trace[None]]).cpu().numpy()
+
+    @classmethod
+    def unpacked(cls, features: np.ndarray, packed: np.ndarray, device: torch.device = CPU) -> "Normal":
+        """The same again, without what it took to compute."""
+        self, width = cls.__new__(cls), features.shape[1]
+        self.features, self.device = features, device
+        self.covariance, self.root, (self.mean, trace) = double(packed, device).split([width, width, 2])
+        self.trace = float(trace[0])
+        return self
 
     @cached_property
     def root(self) -> Tensor:
         """A matrix R with R^T R the covariance: the scaled rows (N, D), or its symmetric root (D, D)."""
         if self.covariance is None:
-            return (_double(self.features, self.device) - self.mean) / math.sqrt(len(self.features) - 1)
+            return (double(self.features, self.device) - self.mean) / math.sqrt(len(self.features) - 1)
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def frechet_distance(a: Normal, b: Normal) -> float:
+def frechet_distance(samples: Normal, real: Normal) -> Estimate:
     """Between two normal distributions (Heusel et al. 2017, eq. 6); NaN where one was fitted to a single image.
 
-    With R^T R = S, the trace of (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b^T, that is of the roots
-    of the eigenvalues of R_a S_b R_a^T: a matrix as small as the smaller set, or as the number of features.
+    The error is that of another draw of the samples, by the infinitesimal jackknife: the distance changes with the
+    weight of a sample x, to first order, by 2 (m_s - m_r)(x - m_s) + |x - m_s|^2 - (x - m_s) A (x - m_s), where A maps
+    one distribution onto the other (A S_s A = S_r). Far from the real images that is exact for many samples; at the
+    floor, where second-order terms are left, it is too large, by at most the square root of 2.
     """
-    sizes = (len(a.features), len(b.features))
-    if min(sizes) < 2:
-        return math.nan  # no covariance
-    if a.covariance is not None and b.covariance is None:
-        a, b = b, a
-    if b.covariance is None:  # so neither has one
-        small, large = sorted((a, b), key=lambda normal: len(normal.features))
-        cross = products(small.features, large.features, a.device, (small.mean, large.mean))
-        matrix = cross @ cross.T / ((sizes[0] - 1) * (sizes[1] - 1))
-    else:
-        matrix = a.root @ b.covariance @ a.root.T
-    overlap = float(torch.linalg.eigvalsh(matrix).clamp(min=0).sqrt().sum())
+    if min(len(samples.features), len(real.features)) < 2:
+        return UNDEFINED  # no covariance
+    overlap, moved = _overlap(samples, real)
+    influence = []
+    for rows in row_blocks(samples.features):
+        centred = double(samples.features[rows], samples.device) - samples.mean
+        influence.append(2 * centred @ (samples.mean - real.mean) + centred.square().sum(1))
+    scale = unit(samples.features) ** 2
+    error = estimates.mean(((torch.cat(influence) - moved) / scale).cpu().numpy()).error
+    return Estimate(_distance(samples, real, overlap), error)
+
+
+def _distance(a: Normal, b: Normal, overlap: float) -> float:
     shift = float((a.mean - b.mean).square().sum())
-    return max(0.0, shift + a.trace + b.trace - 2 * overlap) / _unit(a.features) ** 2
+    return max(0.0, shift + a.trace + b.trace - 2 * overlap) / unit(a.features) ** 2
 
 
-def real_floor(real: np.ndarray, seed: int, device: torch.device = CPU) -> float:
-    """The Fréchet distance between two random halves of the real features (N, D): what a perfect model could reach
-    with as few samples as a half."""
-    order, half = generator(seed, "halves").permutation(len(real)), len(real) // 2
-    halves = (Normal(real[part], device, "a half of the reference") for part in (order[:half], order[half:]))
-    return frechet_distance(*halves)
+def _matrix(a: Normal, b: Normal) -> tuple[Tensor, Tensor | None]:
+    """A matrix whose eigenvalues are those of S_a S_b, as small as the smaller set, or as the number of features.
 
+    With R^T R = S, it is R_a S_b R_a^T, with a row for each image of a, where a set has fewer images than features and
+    a is the smaller one; else R_b S_a R_b^T. The root of a set is found once, and b is the one to be used again.
 
-def kernel_distance(
-    a: np.ndarray, b: np.ndarray, *, subset_size: int, seed: int, device: torch.device = CPU
-) -> tuple[float, float]:
-    """KID (Binkowski et al. 2018): mean and standard deviation over 100 random subsets of features (N, D) and (M, D).
-
-    NaN where a set has fewer than 2 images. The subsets are those of torch-fidelity.
+    Returns:
+        The matrix, and None for the first form; for the second what turns a centred row of a into a row of R_a R_b^T.
     """
-    size = min(subset_size, len(a), len(b))
-    if size < 2:
-        return math.nan, math.nan
-    total = (len(a) + len(b)) ** 2
-    whole = None
-    if total <= min(PAIRS, 3 * KID_SUBSETS * size**2):  # cheaper once for all pairs than for each subset's
-        whole = [products(x, y, device).cpu().numpy() for x, y in ((a, a), (a, b), (b, b))]
-    rng = np.random.RandomState(seed % 2**32)
-    values = []
-    with Progress(KID_SUBSETS, "KID", "subset") as bar:
-        for _ in range(KID_SUBSETS):
-            i, j = (rng.choice(len(x), size, replace=False) for x in (a, b))
-            if whole is not None:
-                grams = [gram[np.ix_(*rows)] for gram, rows in zip(whole, ((i, i), (i, j), (j, j)), strict=True)]
-            else:
-                x, y = a[i], b[j]
-                grams = [products(p, q, device).cpu().numpy() for p, q in ((x, x), (x, y), (y, y))]
-            kernels = [(gram / (a.shape[1] * _unit(a) ** 2) + 1) ** 3 for gram in grams]
-            values.append(float(mmd2(*kernels)))
+    if a.covariance is not None:
+        return b.root @ a.covariance @ b.root.T, b.root.T
+    if b.covariance is not None:
+        return a.root @ b.covariance @ a.root.T, None
+    cross = products(a.features, b.features, a.device, (a.mean, b.mean)) / math.sqrt(len(b.features) - 1)
+    if len(a.features) <= len(b.features):
+        return cross @ cross.T / (len(a.features) - 1), None
+    return cross.T @ cross / (len(a.features) - 1), cross
+
+
+def _singular(eigenvalues: Tensor) -> Tensor:
+    """Their roots, but 0 for what is only rounding: the root of 1e-16 would be 1e-8."""
+    return eigenvalues.where(eigenvalues > ROUNDING * eigenvalues.max(), 0).sqrt()
+
+
+def _overlap(a: Normal, b: Normal) -> tuple[float, Tensor]:
+    """The trace of (S_a S_b)^(1/2), which is the sum of the singular values of R_a R_b^T; and (x - m_a) A (x - m_a) for
+    each image x of a, float64 (N,), whose mean it is about."""
+    matrix, projection = _matrix(a, b)
+    values, vectors = torch.linalg.eigh(matrix)
+    singular = _singular(values)
+    if projection is None:
+        return float(singular.sum()), (len(a.features) - 1) * (vectors.square() @ singular)
+    kept = singular > NEGLIGIBLE * singular.max()
+    turn = vectors[:, kept] / singular[kept].sqrt()
+    if len(projection) == len(a.features):  # of each image already
+        return float(singular.sum()), (projection @ turn).square().sum(1)
+    turn = projection @ turn
+    moved = [((double(a.features[rows], a.device) - a.mean) @ turn).square().sum(1) for rows in row_blocks(a.features)]
+    return float(singular.sum()), torch.cat(moved)
+
+
+def distance_alone(a: Normal, b: Normal) -> float:
+    """`frechet_distance` without its error, which takes eigenvectors."""
+    return _distance(a, b, float(_singular(torch.linalg.eigvalsh(_matrix(a, b)[0])).sum()))
+
+
+def floor(real: Normal, count: int, seed: int) -> Estimate:
+    """The Fréchet distance of a perfect sampler's `count` images: as many real images, drawn with replacement, several
+    times. NaN where a set has a single image."""
+    if min(count, len(real.features)) < 2:
+        return UNDEFINED
+    distances = []
+    with Progress(FLOOR_DRAWS, "floor", "resampling") as bar:
+        for i in range(FLOOR_DRAWS):
+            rows = np.sort(generator(seed, "floor", i).integers(0, len(real.features), count))
+            distances.append(distance_alone(Normal(real.features[rows], real.device), real))
             bar.update(1)
-    return float(np.mean(values)), float(np.std(values))
+    return estimates.mean(np.array(distances))
 
 
-def _square_norms(features: np.ndarray, device: torch.device) -> Tensor:
-    parts = [_double(features[rows], device).square().sum(1) for rows in _row_blocks(features)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+def extrapolated(samples: Normal, real: Normal, whole: Estimate, seed: int) -> Estimate:
+    """The Fréchet distance of infinitely many samples (Chong and Forsyth 2020): a straight line in 1/N through the
+    distances of the samples and of their parts, halves to quarters; NaN where the parts would be too small.
 
-
-def precision_recall(
-    samples: np.ndarray, real: np.ndarray, neighbours: int, device: torch.device = CPU
-) -> tuple[float, float]:
-    """How many samples lie among the real images, and how many real images among the samples, as shares of 1
-    (Kynkaanniemi et al. 2019): within the ball of one of them that reaches to its k-th neighbour in its own set.
-
-    NaN for the one whose balls are not defined, since the set has no more than `neighbours` images.
-    """
-    sets = (samples, real)
-    norms = [_square_norms(features, device) for features in sets]
-    with Progress(2 * len(samples) + len(real), "precision and recall", "img") as bar:
-
-        def squares(i: int, j: int, rows: slice) -> Tensor:
-            """The squared distances of rows of the set i to all of the set j."""
-            bar.update(rows.stop - rows.start)
-            both = products(sets[i][rows], sets[j], device)
-            return norms[i][rows, None] + norms[j] - 2 * both
-
-        def radii(i: int) -> Tensor:
-            if len(sets[i]) <= neighbours:
-                return torch.full((len(sets[i]),), math.nan, dtype=torch.float64, device=device)
-            blocks = _row_blocks(sets[i], len(sets[i]))
-            return torch.cat([squares(i, i, rows).kthvalue(neighbours + 1).values for rows in blocks])
-
-        ball_of_sample, ball_of_real = radii(0), radii(1)
-        among_real, among_samples = [], torch.zeros(len(real), dtype=torch.bool, device=device)
-        for rows in _row_blocks(samples, len(real)):
-            square = squares(0, 1, rows)
-            among_real.append((square <= ball_of_real).any(1))
-            among_samples |= (square <= ball_of_sample[rows, None]).any(0)
-    precision = float(torch.cat(among_real).double().mean()) if len(real) > neighbours else math.nan
-    recall = float(among_samples.double().mean()) if len(samples) > neighbours else math.nan
-    return precision, recall
-
-
-def nearest(queries: np.ndarray, points: np.ndarray, device: torch.device = CPU) -> tuple[np.ndarray, np.ndarray]:
-    """The Euclidean distance (N,) and the index (N,) of the point (M, D) that is nearest to each query (N, D).
-
-    Of several, the first. The distance is recomputed from the difference, so that a copy is at distance 0.
-    """
-    indices = []
-    norms = _square_norms(points, device)
-    with Progress(len(queries), "nearest images", "img") as bar:
-        for rows in _row_blocks(queries, min(len(points), 2**14)):
-            part = queries[rows]
-            least = torch.full((len(part),), math.inf, dtype=torch.float64, device=device)
-            index = torch.zeros(len(part), dtype=torch.int64, device=device)
-            for start in range(0, len(points), 2**14):
-                some = slice(start, start + 2**14)
-                value, place = (norms[some] - 2 * products(part, points[some], device)).min(dim=1)  # |p - q|^2 - |q|^2
-                closer = value < least
-                least, index = torch.where(closer, value, least), torch.where(closer, place + start, index)
-            indices.append(index.cpu().numpy())
-            bar.update(len(part))
-    found = np.concatenate(indices)
-    squares = [
-        (_double(queries[rows], device) - _double(points[found[rows]], device)).square().sum(1).cpu().numpy()
-        for rows in _row_blocks(queries)
-    ]
-    return np.sqrt(np.concatenate(squares)) / _unit(queries), found
-
-
-def memorisation_ratio(samples: np.ndarray, held_out: np.ndarray) -> float:
-    """How near the samples come to the training images, relative to how near new real images come.
-
-    About 1: a sample is as far from the training set as a real image that was not trained on; well below, towards 0:
-    samples are copies, or nearly; above 1: samples lie farther off than real images do, as blurred or broken ones.
-    A median: a few copies among many samples do not show here, but in the picture of the nearest neighbours.
-    NaN where half of the held-out images are themselves in the training set.
+    The distance of a k-th, averaged over all k of them, strays from the line with a variance of k - 1 in units of its
+    own, and that of all samples not at all: so weighted, the line meets 1/N = 0 at D_1 - sum (D_k - D_1) / sum (k - 1).
+    All parts together are the same samples, so that what these have in common is the error of the distance itself.
 
     Args:
-        samples: the distance of each sample to its nearest training image, (N,).
-        held_out: the same for real images that were not trained on, (M,).
+        whole: the distance of all samples.
     """
-    scale = float(np.median(held_out))
-    return float(np.median(samples)) / scale if scale else math.nan
+    count, width = samples.features.shape
+    splits = [k for k in range(2, SPLITS + 1) if count // k >= IMAGES_PER_FEATURE * width]
+    if not splits:
+        return UNDEFINED
+    rise = 0.0
+    with Progress(sum(splits), "extrapolation", "part") as bar:
+        for k in splits:
+            for rows in np.array_split(generator(seed, "parts", k).permutation(count), k):
+                part = distance_alone(Normal(samples.features[np.sort(rows)], samples.device), real)
+                rise += (part - whole.value) / k
+                bar.update(1)
+    return Estimate(whole.value - rise / sum(k - 1 for k in splits), whole.error)

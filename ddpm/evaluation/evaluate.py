@@ -15,10 +15,12 @@ from ddpm.core.diffusion import GaussianDiffusion
 from ddpm.core.unet import UNet
 from ddpm.data.prepared import Prepared
 from ddpm.errors import UserError
-from ddpm.evaluation import distances
+from ddpm.evaluation import distances, estimates, neighbours, pairs
 from ddpm.evaluation.card import card, rounded, write_json
-from ddpm.evaluation.features import extract_features, weights_digest
-from ddpm.evaluation.held_out import HeldOut, held_out_loss, variational_bound
+from ddpm.evaluation.estimates import Estimate, named
+from ddpm.evaluation.held_out import HeldOut, image_losses, variational_bound
+from ddpm.evaluation.neighbours import Nearest
+from ddpm.evaluation.sets import FeatureSets
 from ddpm.files import write_file
 from ddpm.runtime import processes
 from ddpm.runtime.resume import Store
@@ -54,11 +56,6 @@ class Subject:
     classes: Classes
     store: Store
 
-    def features(self, images: np.ndarray, name: str) -> np.ndarray:
-        """The features of images, uint8 (N, H, W, C), as (N, D); `name` is that of the set."""
-        s, device = self.settings, self.diffusion.device
-        return extract_features(images, s.features, s.inception_weights, s.batch_size, device, self.store, name)
-
     def held_out(self, count: int | None) -> HeldOut:
         """That many held-out images, evenly spaced; with labels for a class-conditional model."""
         images, labels = self.data.test
@@ -66,43 +63,14 @@ class Subject:
         return HeldOut(images[rows], labels[rows] if self.unet.config.classes else None, rows)
 
 
-class FeatureSets:
-    """The features of samples, train, test and the reference, (N, D) each, and what is computed of each set once.
-
-    Attributes:
-        reference: the name of the set that samples are compared with: train, test or all.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        self.reference, self.device = subject.settings.reference, subject.diffusion.device
-        images = {"samples": subject.samples, "train": subject.data.train.images, "test": subject.data.test.images}
-        self._sets = {name: subject.features(array, name) for name, array in images.items()}
-        if self.reference == "all":
-            self._sets["all"] = np.concatenate([self._sets["train"], self._sets["test"]])
-        self._normals: dict[str, distances.Normal] = {}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._sets[name]
-
-    def normal(self, name: str) -> distances.Normal:
-        """The normal distribution fitted to a set."""
-        if name not in self._normals:
-            self._normals[name] = distances.Normal(self[name], self.device, name)
-        return self._normals[name]
-
-    def frechet(self, a: str, b: str) -> float:
-        """The Fréchet distance between two sets."""
-        return distances.frechet_distance(self.normal(a), self.normal(b))
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """The results of an evaluation, ready to be written.
 
     Attributes:
-        values: every number, by its name.
+        values: every number by its name, and its standard error by that name with _se.
         plots: rows of loss_by_timestep, bound_by_timestep and fd_by_nfe.
-        neighbours: samples beside their nearest training images.
+        neighbours: samples beside their nearest training images, those that look like copies first.
         card: a page of markdown: the numbers, and what they were measured with.
     """
 
@@ -162,60 +130,74 @@ def evaluate(subject: Subject) -> Evaluation:
     s, drawn = subject.settings, subject.drawn
     _check_fit(subject.samples, subject.unet, subject.data.info)
     check_variance(drawn, subject.diffusion)
-    features = FeatureSets(subject)
-    near = distances.nearest(features["samples"], features["train"], features.device)
+    features = FeatureSets(s, subject.samples, subject.data, subject.store, subject.diffusion.device)
+    near = neighbours.nearest(features["samples"], features["train"], features.device)
     measured = {
         "fidelity": fidelity(subject, features),
-        "memorisation": memorisation(features, near[0]),
+        "memorisation": memorisation(features, near),
         "loss_by_timestep": loss(subject),
         "bound_by_timestep": likelihood(subject),
         "fd_by_nfe": cost_curve(subject, features),
     }
     values = {name: value for part, _ in measured.values() for name, value in part.items()}
     values |= {"samples": len(subject.samples), "seeds": s.seeds, "nfe": _nfe(drawn)}
-    values["reference_images"] = len(features[features.reference])
+    values |= {"reference_images": len(features[features.reference]), "train_images": len(features["train"])}
     plots = {name: measured[name][1] for name in PLOTS}
-    digest = weights_digest(s.features, s.inception_weights)
     names = [subject.data.info["classes"][i] for i in chosen_classes(drawn, subject.unet.config, subject.classes.names)]
-    picture = pictures.pairs(subject.samples[:PAIRS], subject.data.train.images[near[1][:PAIRS]], PAIR_COLUMNS)
-    return Evaluation(values, plots, picture, card(values, s, drawn, subject.data.info, digest, names))
+    shown = np.argsort(~near.suspicious(), kind="stable")[:PAIRS]
+    originals = subject.data.train.images[features.rows["train"][near.place[shown]]]
+    picture = pictures.pairs(subject.samples[shown], originals, PAIR_COLUMNS)
+    extractor = features.extractor
+    page = card(values, s, drawn, subject.data.info, str(extractor), extractor.digest, names)
+    return Evaluation(values, plots, picture, page)
 
 
 def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
     """How far the samples are from real images, and real images from each other; no plot."""
-    s, device, reference = subject.settings, features.device, features.reference
-    samples, real = features["samples"], features[reference]
-    values = {"frechet_distance": features.frechet("samples", reference)}
-    values["kid"], values["kid_std"] = distances.kernel_distance(
-        samples, real, subset_size=s.kid_subset_size, seed=s.seed, device=device
-    )
-    values["precision"], values["recall"] = distances.precision_recall(samples, real, s.neighbours, device)
-    for name in ("train", "test"):
-        known = name == reference
-        values[f"frechet_distance_{name}"] = values["frechet_distance"] if known else features.frechet("samples", name)
-    values["frechet_distance_real_halves"] = distances.real_floor(real, s.seed, device)
-    values["frechet_distance_real_test"] = features.frechet("test", "train")
+    s, reference = subject.settings, features.reference
+    samples, real = features.normal("samples"), features.normal(reference)
+    distance = features.frechet("samples", reference)
+    floor = distances.floor(real, len(subject.samples), s.seed)
+    found = {
+        "": distance,
+        "_floor": floor,
+        "_ratio": estimates.ratio(distance, floor),
+        "_infinite": distances.extrapolated(samples, real, distance, s.seed),
+        "_train": features.frechet("samples", "train"),
+        "_test": features.frechet("samples", "test"),
+        "_real_test": features.frechet("test", "train"),
+    }
     if s.seeds > 1:
         further = (
             subject.drawn.model_copy(update={"seed": subject.drawn.seed + i, "count": len(subject.samples)})
             for i in range(1, s.seeds)
         )
-        sets = [values["frechet_distance"], *(_drawn_distance(subject, features, settings) for settings in further)]
-        values["frechet_distance_mean"] = float(np.mean(sets))
-        values["frechet_distance_std"] = float(np.std(sets, ddof=1))
-    return values, []
+        others = (_drawn_distance(subject, features, settings).value for settings in further)
+        found["_mean"] = estimates.mean(np.array([distance.value, *others]))
+    found = {f"frechet_distance{which}": estimate for which, estimate in found.items()}
+    found |= pairs.compare(features["samples"], features.real_pairs(), s.neighbours, s.seed, features.device)
+    return _values(found), []
 
 
-def memorisation(features: FeatureSets, to_train: np.ndarray) -> tuple[Values, Rows]:
-    """How near the samples come to the training images, for the distance (N,) of each to its nearest; no plot."""
-    held_out, _ = distances.nearest(features["test"], features["train"], features.device)
-    return {"memorisation_ratio": distances.memorisation_ratio(to_train, held_out)}, []
+def memorisation(features: FeatureSets, near: Nearest) -> tuple[Values, Rows]:
+    """How near the samples come to the training images, given the nearest ones; no plot."""
+    held_out = neighbours.nearest(features["test"], features["train"], features.device)
+    found = {
+        "memorisation_ratio": neighbours.memorisation_ratio(near, held_out),
+        "copies": neighbours.copies(near),
+        "copies_held_out": neighbours.copies(held_out),
+    }
+    return _values(found), []
+
+
+def _values(found: Mapping[str, Estimate]) -> Values:
+    return {key: value for name, estimate in found.items() for key, value in named(name, estimate).items()}
 
 
 def loss(subject: Subject) -> tuple[Values, Rows]:
     """How well the held-out images are denoised, by timestep: the simple loss, and the bound's part beside it."""
-    s, parts = subject.settings, {}
-    parts["loss"], bound = held_out_loss(
+    s = subject.settings
+    losses = image_losses(
         subject.unet,
         subject.diffusion,
         subject.held_out(s.loss_images),
@@ -224,11 +206,11 @@ def loss(subject: Subject) -> tuple[Values, Rows]:
         seed=s.seed,
         store=subject.store,
     )
-    if bound is not None:
-        parts["bound_loss"] = bound
+    parts = dict(zip(("loss", "bound_loss"), losses, strict=False))  # (N, bins) each
     times = [round((i + 0.5) / s.loss_bins * subject.diffusion.timesteps) for i in range(s.loss_bins)]
-    rows = [dict(zip(("timestep", *parts), row, strict=True)) for row in zip(times, *parts.values(), strict=True)]
-    return {f"held_out_{name}": sum(part) / len(part) for name, part in parts.items()}, rows
+    curves = zip(times, *(part.mean(axis=0).tolist() for part in parts.values()), strict=True)
+    rows = [dict(zip(("timestep", *parts), row, strict=True)) for row in curves]
+    return _values({f"held_out_{name}": estimates.mean(part.mean(axis=1)) for name, part in parts.items()}), rows
 
 
 def likelihood(subject: Subject) -> tuple[Values, Rows]:
@@ -245,7 +227,7 @@ def likelihood(subject: Subject) -> tuple[Values, Rows]:
         seed=s.seed,
         store=subject.store,
     )
-    return {"bits_per_dim": bound.bits_per_dim}, bound.rows(BOUND_RANGES)
+    return named("bits_per_dim", Estimate(bound.bits_per_dim, bound.error)), bound.rows(BOUND_RANGES)
 
 
 def cost_curve(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
@@ -269,9 +251,9 @@ def cost_curve(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
     if not curve:
         curve = [(subject.drawn, features.frechet("samples", features.reference))]
     return {}, [
-        {"sampler": settings.sampler, "nfe": _nfe(settings), "frechet_distance": value}
-        for settings, value in curve
-        if not math.isnan(value)
+        {"sampler": settings.sampler, "nfe": _nfe(settings)} | named("frechet_distance", distance)
+        for settings, distance in curve
+        if not math.isnan(distance.value)
     ]
 
 
@@ -280,9 +262,9 @@ def _nfe(settings: Sample) -> int:
     return settings.steps * (1 if settings.guidance == 1 else 2)
 
 
-def _drawn_distance(subject: Subject, features: FeatureSets, settings: Sample) -> float:
+def _drawn_distance(subject: Subject, features: FeatureSets, settings: Sample) -> Estimate:
     """The Fréchet distance of newly drawn samples to the reference."""
     images = draw(subject.unet, subject.diffusion, settings, subject.classes, subject.store)
     name = f"{settings_name(settings)}-seed-{settings.seed}"
-    fitted = distances.Normal(subject.features(images, name), features.device, "new samples")
+    fitted = distances.Normal(features.extract(images, name), features.device, "new samples")
     return distances.frechet_distance(fitted, features.normal(features.reference))

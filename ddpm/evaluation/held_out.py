@@ -32,7 +32,9 @@ class HeldOut:
     labels: np.ndarray | None = None
     numbers: np.ndarray | None = None
 
-    def given(self, model: Callable[..., Tensor], rows: slice, device: torch.device) -> tuple[Model, Tensor]:
+    def given(
+        self, model: Callable[..., Tensor], rows: slice | np.ndarray, device: torch.device
+    ) -> tuple[Model, Tensor]:
         """The network given the labels of these rows, and the images, float32 (B, C, H, W) in [-1, 1]."""
         labels = None if self.labels is None else torch.from_numpy(np.array(self.labels[rows])).to(device)
         return conditioned(model, labels), to_model_range(as_tensor(self.images[rows]).to(device))
@@ -43,7 +45,6 @@ class HeldOut:
         return [generator(seed, purpose, int(number)) for number in numbers[rows]]
 
 
-@torch.no_grad()
 def held_out_loss(
     model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
@@ -54,7 +55,29 @@ def held_out_loss(
     seed: int,
     store: Store | None = None,
 ) -> tuple[list[float], list[float] | None]:
-    """The simple loss on images that were not trained on, by timestep.
+    """The mean of `image_losses` over the images.
+
+    Returns:
+        The mean simple loss of each range, from clean to noisy; their mean is the loss over uniform timesteps. And the
+        same for the bound's part of the objective, or None where no variance is learned.
+    """
+    losses = image_losses(model, diffusion, held_out, bins=bins, batch_size=batch_size, seed=seed, store=store)
+    simple, *bound = losses.mean(axis=1).tolist()
+    return simple, bound[0] if bound else None
+
+
+@torch.no_grad()
+def image_losses(
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    held_out: HeldOut,
+    *,
+    bins: int,
+    batch_size: int,
+    seed: int,
+    store: Store | None = None,
+) -> np.ndarray:
+    """The loss on each of N images that were not trained on, by timestep.
 
     Each image gets one timestep from each of `bins` equal ranges of [0, T), and fresh noise for each.
 
@@ -63,32 +86,29 @@ def held_out_loss(
         store: runs the batches; None: nothing is kept.
 
     Returns:
-        The mean simple loss of each range, from clean to noisy; their mean is the loss over uniform timesteps. And the
-        same for the bound's part of the objective, or None where no variance is learned.
+        float64 (1, N, bins), or (2, N, bins) where a variance is learned: the simple loss in each range, from clean to
+        noisy, and the bound's part of the objective.
     """
     count, device = len(held_out.images), diffusion.device
 
     def one_batch(rows: slice) -> np.ndarray:
         given, x0 = held_out.given(model, rows, device)
         draws = held_out.generators(seed, "held-out", rows)
-        sums = np.zeros((2, bins))
+        parts = np.zeros((2 if diffusion.config.learn_variance else 1, len(x0), bins))
         for i in range(bins):
             u = (i + np.array([draw.random() for draw in draws])) / bins  # 1 by rounding, about never
             steps = np.minimum(u * diffusion.timesteps, diffusion.timesteps - 1).astype(np.int64)
             t, noise = torch.from_numpy(steps).to(device), normal(draws, x0.shape[1:], device)
             losses = diffusion.losses(given, x0, t, noise)
-            sums[0, i] = losses.simple.double().sum().item()
+            parts[0, :, i] = losses.simple.double().cpu().numpy()
             if losses.bound is not None:
-                sums[1, i] = losses.bound.double().sum().item()
+                parts[1, :, i] = losses.bound.double().cpu().numpy()
             bar.update(len(x0))
-        return sums
+        return parts
 
-    totals = np.zeros((2, bins))
     with Progress(count * bins, "held-out loss", "img") as bar:
-        for _, sums in (store or Store()).batches("held-out", count, batch_size, one_batch, bar):
-            totals += sums
-    simple, bound = (totals / count).tolist()
-    return simple, bound if diffusion.config.learn_variance else None
+        batches = (store or Store()).batches("held-out", count, batch_size, one_batch, bar)
+        return np.concatenate([batch for _, batch in batches], axis=1)
 
 
 @torch.no_grad()
@@ -103,11 +123,15 @@ def variational_bound(
     store: Store | None = None,
 ) -> Bound:
     """Every term of the bound on every image (of a class-conditional network, given its class): T network evaluations
-    per image. Arguments as for `held_out_loss`; variance as for `bound_sums`."""
+    per image, of several timesteps at once where a batch is larger than the images. Arguments as for `held_out_loss`;
+    variance as for `bound_sums`."""
     count, steps = len(held_out.images), diffusion.timesteps
 
     def one_batch(rows: slice) -> np.ndarray:
-        given, x0 = held_out.given(model, rows, diffusion.device)
+        numbers = np.arange(rows.start, rows.stop)
+        at_once = max(k for k in range(1, 1 + max(1, batch_size // len(numbers))) if steps % k == 0)
+        given, _ = held_out.given(model, np.tile(numbers, at_once), diffusion.device)
+        _, x0 = held_out.given(model, rows, diffusion.device)
         draws = held_out.generators(seed, "bound", rows)
         return bound_sums(
             given,
@@ -116,6 +140,7 @@ def variational_bound(
             lambda: normal(draws, x0.shape[1:], diffusion.device),
             variance,
             lambda: bar.update(len(x0)),
+            at_once,
         )
 
     totals = np.zeros((3, steps))

@@ -12,13 +12,13 @@ import torch
 
 from ddpm.config.schema import Runtime, Train
 from ddpm.errors import UserError
-from ddpm.runtime import processes
+from ddpm.runtime import gpus, processes
 
 COMPILE_FROM = 10_000  # steps: what a compiled step saves has then paid for the minute or two of compiling
 
 
 def choose_device(runtime: Runtime) -> torch.device:
-    """Pick the device, set torch's exactness for it, and print both.
+    """Pick the device, set torch's exactness for it, and print both. A GPU is this process's own until it ends.
 
     Raises:
         UserError: `cuda` was asked for and is not there.
@@ -29,9 +29,12 @@ def choose_device(runtime: Runtime) -> torch.device:
         # Kernels split their sums by the number of threads: the bytes follow from it, not from the cores there are
         torch.set_num_threads(runtime.threads)
     if runtime.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda")
-        if processes.size() > 1:
+        device = torch.device("cuda")  # the current one
+        if processes.size() > 1:  # torchrun's launcher has taken the devices for all
             torch.cuda.set_device(processes.local_rank() % torch.cuda.device_count())
+        else:
+            for place in gpus.take(gpus.names()):
+                torch.cuda.set_device(place)
         name = torch.cuda.get_device_name(device)
     else:
         device = torch.device("cpu")
@@ -91,7 +94,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch has a class of its own for CUDA alone
+    except RuntimeError as error:  # only for CUDA has torch a more specific class
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise UserError(f"out of memory: {advice}") from None

@@ -29,7 +29,7 @@ def stage_files(stage: str, root: Path | None = None) -> list[str]:
 
 
 def _imported(path: Path) -> list[str]:
-    """The names that may be modules of ours in a file's import statements, wherever they stand in it."""
+    """The names in a file's import statements, anywhere in it, that may be modules of this repository."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -58,7 +58,7 @@ def in_parallel(
                 "a process that reads images was killed, most likely because memory ran out; "
                 "use fewer at once (taskset -c 0 leaves one)"
             ) from None
-        except BaseException:  # GeneratorExit and Interrupted too: nobody waits for the chunks under way
+        except BaseException:  # GeneratorExit and Interrupted too: the pending chunks are no longer needed
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
             raise

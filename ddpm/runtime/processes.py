@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.errors import UserError
+from ddpm.runtime import gpus
 from ddpm.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def launch(runtime: "Runtime") -> None:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # faults are reported below, in one line
     count = runtime.processes or max(1, torch.cuda.device_count())
+    if runtime.device != "cpu" and (places := gpus.take(gpus.names(), count)):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.visible(places, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threads = runtime.threads or max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     module = sys.modules["__main__"].__spec__
@@ -82,7 +85,7 @@ def as_worker() -> Iterator[None]:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if silent else nullcontext():
             join()
             yield
-    except RuntimeError as error:  # gloo has no class of its own
+    except RuntimeError as error:  # gloo raises no more specific class
         if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
             raise
         raise UserError(f"process {os.environ['RANK']}: another process of the run has ended") from None
@@ -127,6 +130,18 @@ def mean(values: "Tensor") -> "Tensor":
         dist.all_reduce(values)
         values /= size()
     return values
+
+
+def gathered(values: "Tensor") -> "Tensor":
+    """The rows of a tensor in the CPU's memory, those of all processes in their order; each has as many."""
+    if size() == 1:
+        return values
+    import torch
+    import torch.distributed as dist
+
+    everything = torch.empty(size() * len(values), *values.shape[1:], dtype=values.dtype)
+    dist.all_gather_into_tensor(everything, values.contiguous())
+    return everything
 
 
 def any_process(here: bool) -> bool:

@@ -9,11 +9,11 @@ import psutil
 from tqdm import tqdm
 
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, {remaining} left{postfix}"
-LINE_EVERY = 10.0  # seconds between two lines where the output is no terminal
+LINE_EVERY = 10.0  # seconds between two lines where the output is not a terminal
 
 
 class Progress(tqdm):
-    """tqdm, but with whole lines in place of a redrawn bar where stderr is no terminal (a log, a queue)."""
+    """tqdm, but with whole lines in place of a redrawn bar where stderr is not a terminal (a log, a queue)."""
 
     def __init__(self, total: int, desc: str, unit: str, initial: int = 0) -> None:
         self._terminal = sys.stderr.isatty()

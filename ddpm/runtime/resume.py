@@ -250,14 +250,14 @@ class ResumeState(Store):
         temporary.replace(current)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole, or None. A damaged one is named on stderr and passed over."""
+        """The newest state that is whole, or None. A damaged one is reported on stderr and skipped."""
         self.saved()
         for path in self._files:
             if (data := self._read(path)) is not None:
                 try:
                     return dict(torch.load(data, weights_only=True, map_location="cpu"))
-                except Exception:  # of a dozen kinds. With a right checksum: not ours; torch has run nothing of it
-                    print(f"{path}: damaged, passed over", file=sys.stderr)
+                except Exception:  # of a dozen kinds. The checksum fits, so it is not ours; torch has run none of it
+                    print(f"{path}: damaged, skipped", file=sys.stderr)
         return None
 
     def batches(
@@ -277,14 +277,14 @@ class ResumeState(Store):
             try:
                 return np.lib.format.read_array(data, allow_pickle=False)
             except Exception:
-                print(f"{path}: damaged, passed over", file=sys.stderr)
+                print(f"{path}: damaged, skipped", file=sys.stderr)
         buffer = io.BytesIO()
         np.save(buffer, array := compute())
         self._write(path, buffer.getbuffer()).replace(path)
         return array
 
     def _write(self, path: Path, content: memoryview) -> Path:
-        """A temporary file, which has reached the disk, of the checksum and the content that `path` is to hold."""
+        """Write checksum and content for `path` to a temporary file, fsync it, and return it."""
         temporary = path.with_suffix(".tmp")
         self.folder.mkdir(parents=True, exist_ok=True)  # someone may have cleaned up under a running stage
         try:
@@ -294,25 +294,25 @@ class ResumeState(Store):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            temporary.unlink(missing_ok=True)  # of the little that is left of the disk it holds nothing
+            temporary.unlink(missing_ok=True)  # the disk may be full: take none of it
             error.filename = str(temporary)  # a failed write does not know its file
             raise
         return temporary
 
     def _read(self, path: Path) -> io.BytesIO | None:
-        """The content of a whole file; None where there is none. A damaged one is named on stderr."""
+        """The content of a whole file; None where there is none. A damaged file is reported on stderr."""
         if not path.exists():
             return None
         data = memoryview(path.read_bytes())
         if hashlib.sha256(data[32:]).digest() == data[:32]:
             return io.BytesIO(data[32:])
-        print(f"{path}: damaged, passed over", file=sys.stderr)
+        print(f"{path}: damaged, skipped", file=sys.stderr)
         return None
 
     def remove(self) -> None:
         """Delete the folder: the run is complete and its outputs are written."""
-        processes.barrier()  # nobody reads it any more
+        processes.barrier()  # no process reads it any more
         if processes.rank() == 0:
             wait(self._saving)
-            self._saving.clear()  # whatever came of it: nobody needs it now
+            self._saving.clear()  # a failed save no longer matters
             _delete(self.folder)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ddpm.config.schema import Runtime, Tracking
+from ddpm.config.load import plain
+from ddpm.config.schema import Params
 from ddpm.errors import UserError
 from ddpm.runtime import processes
 from ddpm.runtime.device import choose_device, explain_out_of_memory
@@ -19,9 +20,13 @@ from ddpm.runtime.workspace import root
 
 @dataclass(frozen=True)
 class Run:
-    """What a stage computes on, resumes from and records to. `name` follows from the facts of `open_run`."""
+    """What a stage computes on, resumes from and records to.
 
-    name: str
+    Attributes:
+        provenance: what an output is made from: the run's name, the stage's parameters as plain values, its inputs.
+    """
+
+    provenance: dict[str, Any]
     device: torch.device
     state: ResumeState
     tracker: Tracker
@@ -40,10 +45,8 @@ class Run:
 @contextmanager
 def open_run(
     stage: str,
-    runtime: Runtime,
-    tracking: Tracking,
-    facts: tuple[object, ...],
-    config: dict[str, Any],
+    params: Params,
+    inputs: dict[str, Any],
     *,
     memory_advice: str,
     run_id: str | None = None,
@@ -52,12 +55,13 @@ def open_run(
     """Open a run: first the device, which may be refused; then the state, which waits for another process; then the
     records, which empty the folder of an earlier run.
 
-    The state is deleted when the block ends without an exception: write all outputs in it.
+    When the block ends without an exception, the curves' last values are written and the state is deleted: write all
+    outputs in the block.
 
     Args:
         stage: its name, as in dvc.yaml.
-        facts: what the result follows from (JSON-like: parameters, hashes of inputs); they name the run.
-        config: the parameters that Weights & Biases shows.
+        params: the stage's sections; the result follows from them and from `inputs`, so both name the run.
+        inputs: hashes and other plain values that stand for the files that the stage reads.
         memory_advice: the settings to change where memory runs out, after "out of memory: ".
         run_id: W&B's id; of the training for a stage that comes after it. None: the run's own name.
         curves: DVCLive's folder; None to record no curves.
@@ -65,13 +69,15 @@ def open_run(
     Raises:
         UserError: `cuda` was asked for and is not there, another process works on this run, or memory ran out.
     """
-    name = fingerprint(*facts)
-    device = choose_device(runtime)
+    config = plain(params)
+    name = fingerprint(config, inputs)
+    device = choose_device(params.runtime)
     folder = None if curves is None else str(curves)
     with (
         explain_out_of_memory(memory_advice),
         ResumeState(state_folder(root() / ".state", stage, name)) as state,
-        Tracker(folder, tracking, config, run_id or name, stage) as tracker,
+        Tracker(folder, params.tracking, config, run_id or name, stage) as tracker,
     ):
-        yield Run(name, device, state, tracker)
+        yield Run({"run": name, "params": config} | inputs, device, state, tracker)
+        tracker.finish()
         state.remove()

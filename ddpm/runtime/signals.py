@@ -75,7 +75,7 @@ def die_with_parent(shares_group: bool) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if "exec-run" in _of_process(parent, "cmdline").split("\0"):
-            above.append(worker := _parent(parent))  # of dvc's queue: without it nobody collects what dvc makes
+            above.append(worker := _parent(parent))  # of dvc's queue: without it dvc's outputs are not collected
             _watch(lambda: _parent(parent) == worker)
     else:
         _watch(lambda: os.getppid() == parent)

@@ -26,7 +26,7 @@ REPRODUCIBLE_ENVIRONMENT = {
 # How long an idle OpenMP thread spins before it sleeps. At the default of 300,000 two trainings on the same two cores
 # slow each other down 4 times instead of 2.8; alone, 1,000 costs about 4 %. No effect on the bytes.
 OPENMP_SPINS = "1000"
-# Faults of the machine that a person can mend; any other OSError is a bug
+# Faults of the machine that a user can fix; any other OSError is a bug
 SYSTEM_FAULTS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -42,7 +42,7 @@ SYSTEM_FAULTS = (
 def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
     """Run `main(params)` with the named sections of params.yaml, and end the process with its exit code.
 
-    0 when done; 1 with one line per fault on stderr for what a person can mend; 128 + n after signal n.
+    0 when done; 1 with one line per fault on stderr for what a user can fix; 128 + n after signal n.
     A bug in the program keeps its traceback.
     """
     signals.raise_on_signals()

@@ -69,7 +69,7 @@ def exclusive_folder() -> Iterator[None]:
 def shorten_sockets() -> None:
     """Where TMPDIR is too long for the address of a socket, let worker processes meet in another folder.
 
-    Only the sockets go there: TMPDIR is where a person wants large files.
+    Only the sockets go there: TMPDIR is where the user wants large files.
 
     Raises:
         UserError: no other folder can be written.

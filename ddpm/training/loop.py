@@ -5,10 +5,10 @@ import signal
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.config.schema import Train
 from ddpm.core import samplers
@@ -26,31 +26,35 @@ from ddpm.runtime.resume import ResumeState
 from ddpm.runtime.signals import Interrupted, signals_deferred
 from ddpm.runtime.tracking import Tracker
 from ddpm.training.curves import Window
+from ddpm.training.held_out import DRAWS, HeldOutLoss
 from ddpm.training.setup import Setup
 from ddpm.training.step import optimizer_step
 
 PREVIEW_IMAGES = 36  # images in each grid of a training
 PREVIEW_STEPS = 25  # DDIM steps of a preview: the more there are, the less time is left to train
-MOST_PREVIEWS = 250  # of a training, so that a long one on a small folder does not fill the disk
+MOST_TIMES = 250  # previews of a training, so that a long one on a small folder does not fill the disk
+PREVIEW_SHARE, HELD_OUT_SHARE = 0.25, 0.05  # of the time of the training, at most
 MEMORY_ADVICE = (
     "raise train.accumulation (the same result in smaller parts), set train.activation_checkpointing=true or "
     "train.precision=bf16, or lower train.batch_size or model.base_channels"
 )
 
 
-def epochs_per_preview(preview_every_epochs: int, epoch: int, whole: int) -> int:
-    """The least multiple of `preview_every_epochs` at which previews are neither the main work nor too many.
+def epochs_between(asked: int, evaluations: int, share: float, epoch: int, whole: int) -> int:
+    """The least multiple of `asked` epochs at which what is done beside the training is neither the main work nor too
+    many files.
 
     Args:
-        preview_every_epochs: epochs that are asked for; 0 for no previews.
+        asked: epochs between two times; 0 for never.
+        evaluations: forward passes of one time.
+        share: of the training's time, at most.
         epoch: training images per epoch.
         whole: training images in all.
     """
-    if not preview_every_epochs:
+    if not asked:
         return 0
-    # a training image costs three forward passes, so that previews take a quarter of the training's time at most
-    apart = max(PREVIEW_IMAGES * PREVIEW_STEPS / 0.75, whole / MOST_PREVIEWS)
-    return preview_every_epochs * math.ceil(apart / (preview_every_epochs * epoch))
+    apart = max(evaluations / (3 * share), whole / MOST_TIMES)  # a training image costs three forward passes
+    return asked * math.ceil(apart / (asked * epoch))
 
 
 def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.device) -> Tensor:
@@ -60,6 +64,14 @@ def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.
     labels = torch.arange(PREVIEW_IMAGES, device=device) % classes if (classes := model.config.classes) else None
     *_, last = samplers.ddim(samplers.conditioned(model, labels), diffusion, noise(), path, noise)
     return last.x
+
+
+class Best(NamedTuple):
+    """The least held-out loss so far: its step, and the averages' weights there."""
+
+    step: int
+    loss: float
+    weights: dict[str, Tensor]
 
 
 class Clock:
@@ -106,14 +118,19 @@ class Training:
         setup: what it changes and computes with.
         train: the parameters of the loop.
         images: the training split; its labels are used where the network is class-conditional.
+        held_out: the test split, for the held-out loss alone.
         state: holds the state of an earlier run, if there was one; the pictures are in its folder.
     """
 
-    def __init__(self, setup: Setup, train: Train, images: Images, tracker: Tracker, state: ResumeState) -> None:
+    def __init__(
+        self, setup: Setup, train: Train, images: Images, held_out: Images, tracker: Tracker, state: ResumeState
+    ) -> None:
         self.setup, self.train, self.tracker, self.state = setup, train, tracker, state
-        self.images, self.labels = images
+        self.images = images
         self.pictures = state.folder / "pictures"
-        self.ema = EMA(setup.model, train.ema_decay)
+        self.averages = [EMA(setup.model, width) for width in train.ema_widths]
+        self.held_out = HeldOutLoss(held_out, setup.diffusion, train.seed, train.batch_size)
+        self.best: Best | None = None  # where train.keep asks for it
         self.step = self.start = 0  # steps that are done, and that an earlier run had done
         self.rate = 0.0  # the last step's learning rate
         self.history: list[tuple[int, dict[str, float]]] = []
@@ -121,14 +138,15 @@ class Training:
         self.window = Window(("loss", *bound, "grad_norm"), min(train.log_every_steps, setup.total), setup.device)
         self.parts: dict[str, Any] = {
             "model": setup.model,
-            "ema": self.ema.model,
+            "averages": nn.ModuleList(average.model for average in self.averages),
             "optimizer": setup.optimizer,
             "schedule": setup.schedule,
         }
-        self.preview_every = self._epochs_per_preview()
+        self.preview_every = self._every("preview_every_epochs", PREVIEW_IMAGES * PREVIEW_STEPS, PREVIEW_SHARE)
+        self.held_out_every = self._every("held_out_every_epochs", DRAWS, HELD_OUT_SHARE)
 
-    def run(self) -> UNet:
-        """Train to the end, resuming from the state if it holds one; return the EMA network.
+    def run(self) -> dict[float, UNet]:
+        """Train to the end, resuming from the state if it holds one; return the averages by their widths.
 
         Raises:
             UserError: a transform that fails, no memory left, or a loss that is no longer finite.
@@ -149,14 +167,15 @@ class Training:
                 if self.at_curve_point():
                     self.log_curve(bar)
                 bar.update(self.train.batch_size)
+                if self.at_held_out_point():
+                    self.log_held_out()
                 if self.at_preview():
                     self.log_preview()
                 if processes.any_process(self.save_is_due() or bool(signals)):
                     self.save()
                     if processes.any_process(bool(signals)):
                         raise Interrupted(signals[0] if signals else signal.SIGTERM)
-        self.finish()
-        return self.ema.model
+        return self.finish()
 
     def resume(self) -> None:
         """Continue where the saved state ends, if there is one, with the curves up to there."""
@@ -164,6 +183,7 @@ class Training:
             self.step = self.start = saved["step"]
             self.history = saved["history"]
             self.window.refill(saved["window"])
+            self.best = saved["best"] and Best(*saved["best"])
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             print(f"resuming at step {self.start} of {self.setup.total}", flush=True)
@@ -174,7 +194,6 @@ class Training:
         """The batches of the steps that are left: images (b, C, H, W) and labels (b,)."""
         return batches(
             self.images,
-            self.labels,
             batch_size=self.train.batch_size,
             seed=self.train.seed,
             steps=range(self.start, self.setup.total),
@@ -192,7 +211,8 @@ class Training:
         """Change the weights, their average and the learning rate."""
         with self.clock.working():
             self.window.add(optimizer_step(self.setup, self.train, images, labels, self.step))
-            self.ema.update(self.step)
+            for average in self.averages:
+                average.update(self.step)
             self.rate = self.setup.optimizer.param_groups[0]["lr"]
             self.setup.schedule.step()
         if self.step == self.start:
@@ -216,14 +236,28 @@ class Training:
         self.tracker.log(self.step, metrics, machine)
         bar.set_postfix(step=self.step, loss=f"{metrics['loss']:.4f}", refresh=False)
 
+    def at_held_out_point(self) -> bool:
+        """As `at_preview`, by its own setting, and at the end of the training."""
+        due = self._ends_epoch(self.held_out_every) or self.step == self.setup.total
+        return due and processes.rank() == 0
+
+    def log_held_out(self) -> None:
+        """Record the held-out loss of the first average; keep all averages where it is the least so far."""
+        losses = self.held_out(self.averages[0].model)
+        self.history.append((self.step, losses))
+        self.tracker.log(self.step, losses)
+        loss = losses["held_out_loss"]
+        if self.train.keep == "best" and (self.best is None or loss < self.best.loss):
+            weights = {name: value.clone() for name, value in self.parts["averages"].state_dict().items()}
+            self.best = Best(self.step, loss, weights)
+
     def at_preview(self) -> bool:
-        """At the end of an epoch, as often as `epochs_per_preview` says; in the first process alone."""
-        epoch, within = divmod(self.step, self.setup.per_epoch)
-        return bool(self.preview_every) and within == 0 and epoch % self.preview_every == 0 and processes.rank() == 0
+        """At the end of an epoch, as often as `epochs_between` says; in the first process alone."""
+        return self._ends_epoch(self.preview_every) and processes.rank() == 0
 
     def log_preview(self) -> None:
         """Record a grid of samples of the averaged network."""
-        pixels = to_pixels(preview(self.ema.model, self.setup.diffusion, self.train.seed, self.setup.device))
+        pixels = to_pixels(preview(self.averages[0].model, self.setup.diffusion, self.train.seed, self.setup.device))
         name = f"samples_epoch_{self.step // self.setup.per_epoch:05d}"
         self.tracker.log_picture(self.step, name, grid(pixels), self.pictures)
 
@@ -232,9 +266,7 @@ class Training:
         if processes.rank():
             return
         p = self.train
-        one = batches(
-            self.images, self.labels, batch_size=p.batch_size, seed=p.seed, steps=range(1), transforms=p.transforms
-        )
+        one = batches(self.images, batch_size=p.batch_size, seed=p.seed, steps=range(1), transforms=p.transforms)
         x0 = to_model_range(next(one)[0][:PREVIEW_IMAGES])
         self.tracker.log_picture(0, "inputs", grid(to_pixels(x0)), self.pictures)
         noise = samplers.ImageNoise(p.seed, range(PREVIEW_IMAGES), self.setup.model.config, self.setup.device)()
@@ -258,23 +290,34 @@ class Training:
         """
         with self.clock.saving():
             progress = {"step": self.step, "history": self.history, "window": self.window.check(self.step - 1)}
+            progress["best"] = self.best and tuple(self.best)
             self.state.save({name: part.state_dict() for name, part in self.parts.items()} | progress)
 
-    def finish(self) -> None:
-        """Wait for queued kernels, so that the wall time is right, and print the cost of the training."""
+    def finish(self) -> dict[float, UNet]:
+        """Print the cost of the training; return the averages, of the step that train.keep asks for."""
         if self.setup.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # so that the wall time is right
         wall = self.clock.wall()
         print(
             f"{self.setup.total * self.train.batch_size:,} images in {wall:.0f} s, {self.clock.busy / wall:.1%} in "
             f"forward, backward and step; peak memory {peak_memory(self.setup.device):.2f} GiB",
             flush=True,
         )
+        if self.best:
+            self.parts["averages"].load_state_dict(self.best.weights)
+            print(f"kept the averages of step {self.best.step}, with the least held-out loss: {self.best.loss:.4f}")
+        return {average.width: average.model for average in self.averages}
 
-    def _epochs_per_preview(self) -> int:
+    def _ends_epoch(self, every: int) -> bool:
+        """Whether the last step ended an epoch whose number is a multiple of `every`; never where that is 0."""
+        epoch, within = divmod(self.step, self.setup.per_epoch)
+        return bool(every) and within == 0 and epoch % every == 0
+
+    def _every(self, setting: str, evaluations: int, share: float) -> int:
+        """The epochs between two times of what a setting of `train` asks for; prints where they are more than that."""
         p, epoch = self.train, self.setup.per_epoch * self.train.batch_size
-        every = epochs_per_preview(p.preview_every_epochs, epoch, self.setup.total * p.batch_size)
-        if every > p.preview_every_epochs:
-            asked = f"train.preview_every_epochs = {p.preview_every_epochs}"
-            print(f"{asked}: epochs are short, so previews are {every} epochs apart")
+        asked = getattr(p, setting)
+        every = epochs_between(asked, evaluations, share, epoch, self.setup.total * p.batch_size)
+        if every > asked:
+            print(f"train.{setting} = {asked}: epochs are short, so {every} epochs are between two")
         return every

@@ -15,6 +15,7 @@ from ddpm.config.checks import steps_per_epoch
 from ddpm.config.schema import Model, Params, TargetNode, Train
 from ddpm.config.targets import LR_SCHEDULER, OPTIMIZER, build
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
+from ddpm.core.noise_levels import Timesteps, timestep_shares
 from ddpm.core.seeding import derive
 from ddpm.core.unet import UNet, UNetConfig, initialise
 from ddpm.errors import UserError
@@ -32,12 +33,14 @@ class Setup:
     Attributes:
         model: on the device, in training mode, with its initial weights.
         network: the module to call: the model, or its compiled or DDP wrapper.
+        timesteps: draws the timesteps of training images.
         total: optimizer steps. per_epoch: optimizer steps per epoch.
     """
 
     model: UNet
     network: nn.Module
     diffusion: GaussianDiffusion
+    timesteps: Timesteps
     optimizer: Optimizer
     schedule: LRScheduler
     kernels: Kernels
@@ -62,7 +65,7 @@ def design(params: Params, info: Mapping[str, Any]) -> Design:
     """
     (size, _, channels), names = info["shape"], info["classes"]
     diffusion = DiffusionConfig(**params.diffusion.model_dump())
-    unlabelled = params.train.label_dropout > 0
+    unlabelled = params.train.hidden_labels > 0
     network = unet_config(params.model, size, channels, diffusion.learn_variance, len(names), unlabelled)
     return Design(network, diffusion, tuple(names) if params.model.class_conditional else ())
 
@@ -92,10 +95,13 @@ def set_up(params: Params, design: Design, device: torch.device, images: int) ->
     model.to(device).to(memory_format=kernels.memory_format).train()
     model.set_recompute(p.activation_checkpointing)
     optimizer = make_optimizer(params.optimizer, model)
+    diffusion = GaussianDiffusion(design.diffusion, device)
+    shares = timestep_shares(diffusion.alphas_cumprod, p.noise_levels, p.noise_levels_width or 1.0)
     return Setup(
         model=model,
         network=_wrapped(model, kernels),
-        diffusion=GaussianDiffusion(design.diffusion, device),
+        diffusion=diffusion,
+        timesteps=Timesteps(shares, device),
         optimizer=optimizer,
         schedule=make_lr_schedule(params.lr_schedule, optimizer, p.warmup_steps, total),
         kernels=kernels,
@@ -143,7 +149,7 @@ def make_optimizer(node: TargetNode, model: nn.Module) -> Optimizer:
         UserError: the optimizer refuses its arguments.
     """
     try:
-        optimizer: Optimizer = build(node.model_dump(by_alias=True), OPTIMIZER, model.parameters())
+        optimizer: Optimizer = build(node.model_dump(by_alias=True), OPTIMIZER, model.named_parameters())
     except ValueError as error:
         raise UserError(f"params.yaml: optimizer: {error}") from None
     return optimizer

@@ -1,7 +1,6 @@
 """One optimizer step: the only lines that change a weight."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,48 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm.config.schema import Train
 from ddpm.core.pixels import to_model_range
 from ddpm.core.samplers import conditioned
-from ddpm.core.seeding import derive
-from ddpm.runtime import processes
+from ddpm.training.draws import coupled, draw
 from ddpm.training.setup import Setup
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers of one step, for this process's share of b images.
-
-    Attributes:
-        flip: which images are mirrored, bool (b, 1, 1, 1); None: flips are off.
-        t: timesteps, int64 (b,) in [0, T).
-        noise: standard normal (b, C, H, W).
-        hidden: which labels are hidden, bool (b,); None: the network has no label for that.
-    """
-
-    flip: Tensor | None
-    t: Tensor
-    noise: Tensor
-    hidden: Tensor | None
-
-
-def draw(setup: Setup, train: Train, shape: torch.Size, step: int) -> Draws:
-    """The draws of step `step`, which also seeds torch for the step's dropout.
-
-    They are drawn for the whole batch, and a process takes its share, so that they do not depend on the number of
-    processes. (Dropout does: each process draws its own.)
-
-    Args:
-        shape: of an image, (C, H, W).
-    """
-    count, device, mine = train.batch_size, setup.device, processes.share(train.batch_size)
-    torch.manual_seed(derive(train.seed, "step", step))
-    flip = torch.rand(count, 1, 1, 1, device=device)[mine] < 0.5 if train.flip else None
-    t = torch.randint(0, setup.diffusion.timesteps, (count,), device=device)[mine]
-    noise = torch.randn((count, *shape), device=device)[mine]
-    hidden = None
-    if setup.model.config.no_label is not None:
-        hidden = torch.rand(count, device=device)[mine] < train.label_dropout
-    if processes.size() > 1:
-        torch.manual_seed(derive(train.seed, "step", step, processes.rank()))
-    return Draws(flip, t, noise, hidden)
 
 
 def optimizer_step(setup: Setup, train: Train, images: Tensor, labels: Tensor, step: int) -> Tensor:
@@ -70,19 +29,20 @@ def optimizer_step(setup: Setup, train: Train, images: Tensor, labels: Tensor, s
     draws = draw(setup, train, x0.shape[1:], step)
     if draws.flip is not None:
         x0 = torch.where(draws.flip, x0.flip(3), x0)
+    noise = coupled(train, x0, draws.noise)
     x0 = x0.contiguous(memory_format=setup.kernels.memory_format)
     given = labels.to(device, non_blocking=True) if config.classes else None
     if given is not None and draws.hidden is not None:  # so that guidance is possible (Ho & Salimans 2022, algorithm 1)
         given = given.masked_fill(draws.hidden, config.no_label)  # type: ignore[arg-type]
     setup.optimizer.zero_grad(set_to_none=True)
-    losses = _backward(setup, train, x0, given, draws)
+    losses = _backward(setup, train, (x0, draws.t, noise), given)
     norm = torch.nn.utils.clip_grad_norm_(setup.model.parameters(), train.grad_clip or float("inf"))
     setup.optimizer.step()
     return torch.cat([losses, norm.detach().view(1)])
 
 
-def _backward(setup: Setup, train: Train, x0: Tensor, labels: Tensor | None, draws: Draws) -> Tensor:
-    """Add the gradient of the batch, in train.accumulation parts; return the mean of each loss (n,)."""
+def _backward(setup: Setup, train: Train, batch: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+    """Add the gradient of a batch (x0, t, noise) in train.accumulation parts; return the mean of each loss (n,)."""
     network, totals = setup.network, torch.zeros((), device=setup.device)
     for part in range(train.accumulation):
         rows = slice(part, None, train.accumulation)
@@ -91,7 +51,8 @@ def _backward(setup: Setup, train: Train, x0: Tensor, labels: Tensor | None, dra
         # processes exchange gradients once per step
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(setup.device.type, dtype=torch.bfloat16, enabled=setup.kernels.precision == "bf16"):
-                losses = setup.diffusion.losses(predict, x0[rows], draws.t[rows], draws.noise[rows], train.weighting)
+                x0, t, noise = (values[rows] for values in batch)
+                losses = setup.diffusion.losses(predict, x0, t, noise, train.weighting)
             (losses.objective.mean() / train.accumulation).backward()
         curves = [losses.simple] if losses.bound is None else [losses.simple, losses.bound]
         totals = totals + torch.stack([values.detach().mean() / train.accumulation for values in curves])

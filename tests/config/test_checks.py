@@ -30,12 +30,12 @@ def faults(*overrides, **changes):
             "train.batch_size = 64: must be a multiple of train.accumulation = 2 x runtime.processes = 3",
         ),
         (("train.init_from=no/where",), "train.init_from = 'no/where': there is no such folder; give a copy of"),
-        (("train.init_from=conf",), "train.init_from = 'conf': is no model folder: holds no unet/config.json; give"),
+        (("train.init_from=conf",), "train.init_from = 'conf': is not a model folder: holds no unet/config.json; give"),
         (("train.init_from=models/ddpm",), "train.init_from = 'models/ddpm': is removed before each training; start"),
         (("train.init_from=./models/../models/ddpm",), "is removed before each training"),
         (
-            ("evaluate=inception", "evaluate.inception_weights=no.pth"),
-            "evaluate.inception_weights = 'no.pth': there is no such file; give weights-inception-2015-12-05-6726825d",
+            ("evaluate=inception", "evaluate.weights=no.pth"),
+            "evaluate.weights = 'no.pth': there is no such file; give the file weights-inception-2015-12-05",
         ),
     ],
 )
@@ -49,9 +49,9 @@ def test_what_needs_no_data_is_refused_by_every_stage(overrides, line, monkeypat
 
 def test_what_is_there_and_what_fits_is_allowed(tmp_path):
     (tmp_path / "unet").mkdir()
-    for name in ("weights.pth", "unet/config.json"):
-        (tmp_path / name).touch()
-    check(composed("evaluate=inception", f"evaluate.inception_weights={tmp_path}/weights.pth"))
+    (tmp_path / "unet/config.json").touch()
+    (tmp_path / "weights.pth").write_bytes(b"PK")
+    check(composed("evaluate=inception", f"evaluate.weights={tmp_path}/weights.pth"))
     check(composed(f"train.init_from={tmp_path}"))
     check(composed(f"train.init_from={tmp_path}/unet"))  # flat, as the first models for diffusers are
     check(composed("train.steps=100"))
@@ -77,8 +77,8 @@ def test_all_faults_beside_the_data_are_reported_at_once():
         "train.batch_size=99",
     )
     assert [line.split(": ")[1].split(" = ")[0] for line in lines] == ["train.warmup_steps", *["sample.classes"] * 2]
-    assert lines[1].endswith("'cta' is no class of the data (did you mean cat?); known: cat, dog")
-    assert lines[2].endswith("'3' is no class of the data; known: cat, dog")
+    assert lines[1].endswith("'cta' is not a class of the data (did you mean cat?); known: cat, dog")
+    assert lines[2].endswith("'3' is not a class of the data; known: cat, dog")
 
 
 def test_a_conditional_network_needs_classes():

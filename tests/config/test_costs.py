@@ -60,6 +60,14 @@ def test_the_estimate_grows_with_all_that_is_measured():
     ):
         assert operations(*overrides) > base
     assert operations(train=6000) > base
+    assert operations("evaluate.reference_images=3000") < base
+
+
+def test_a_smaller_reference_makes_a_large_set_measurable():
+    large = ((64, 64, 3), 1_000_000, 1000, "sample.count=10000", "evaluate.reference=train")
+    [(_, message)] = faults(*large)
+    assert "or evaluate.reference_images=10000" in message
+    assert faults(*large, "evaluate.reference_images=5000", "sample.count=5000") == []
 
 
 def test_the_costs_are_known_without_torch():

@@ -9,8 +9,8 @@ from ddpm.config.load import check
 from ddpm.config.schema import Params
 from ddpm.core.unet import UNet
 from ddpm.training.setup import unet_config
-from tests.config.trees import changed, only_fault
 from tests.conftest import ROOT, composed
+from tests.support.trees import changed, only_fault
 
 GROUPS = ("dataset", "model", "diffusion", "optimizer", "lr_schedule", "train", "sample", "evaluate", "experiment")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
@@ -89,7 +89,7 @@ def test_a_wrong_type_is_reported_in_one_line(path, value, allowed):
         ("lr_schedule.eta_min", math.nan, "must be a finite number"),
         ("train.batch_size", 0, "should be greater than or equal to 1"),
         ("train.grad_clip", 0.0, "should be greater than 0"),
-        ("train.ema_decay", 1.0, "should be less than 1"),
+        ("train.grad_clip", -1.0, "should be greater than 0"),
         ("train.seed", -1, "should be greater than or equal to 0"),
         ("train.seed", 2**63, f"should be less than {2**63}"),
         ("model.base_channels", 10**30, f"should be less than {2**31}"),

@@ -9,24 +9,26 @@ import torch
 
 from ddpm.core.pixels import to_model_range
 from ddpm.data.batches import as_tensor, batches
+from ddpm.data.prepared import Images
 from ddpm.errors import UserError
 from tests.conftest import ROOT
 
 IMAGES = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), dtype=np.uint8)
 LABELS = np.arange(50) * 7
+SPLIT = Images(IMAGES, LABELS)
 JITTER = [{"_target_": "torchvision.transforms.v2.RandomCrop", "size": 8, "padding": 3}]
 
 
 def drawn(first=0, last=12, **options):
     options = {"batch_size": 8, "seed": 0, "transforms": []} | options
-    return [images for images, _ in batches(IMAGES, LABELS, steps=range(first, last), **options)]
+    return [images for images, _ in batches(SPLIT, steps=range(first, last), **options)]
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("transforms", [[], [{"_target_": "torchvision.transforms.v2.RandomHorizontalFlip"}]])
 def test_every_image_comes_with_its_own_label(transforms, workers):
-    steps = batches(IMAGES, LABELS, batch_size=8, seed=0, steps=range(12), transforms=transforms, workers=workers)
+    steps = batches(SPLIT, batch_size=8, seed=0, steps=range(12), transforms=transforms, workers=workers)
     for images, labels in steps:
         assert labels.dtype == torch.int64
         assert (images[:, 0, 0, 0].long() * 7).tolist() == labels.tolist()
@@ -53,11 +55,10 @@ def test_the_number_of_workers_changes_nothing(workers):
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
 
 
-def test_random_transforms_draw_anew_for_every_image_of_a_batch():
+def test_random_transforms_draw_for_each_image_of_a_batch():
     image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(32, axis=0)
-    batch, _ = next(
-        batches(image, np.zeros(32, dtype=np.int64), batch_size=32, seed=0, steps=range(1), transforms=JITTER)
-    )
+    split = Images(image, np.zeros(32, dtype=np.int64))
+    batch, _ = next(batches(split, batch_size=32, seed=0, steps=range(1), transforms=JITTER))
     assert len({tuple(one.flatten().tolist()) for one in batch}) > 10
 
 
@@ -86,9 +87,7 @@ def test_a_transform_that_fails_at_a_later_step_is_one_line(workers):
     """In a worker, too, where torch would add its traceback."""
     crop = {"_target_": "torchvision.transforms.v2.RandomCrop", "size": 64}
     sometimes = {"_target_": "torchvision.transforms.v2.RandomApply", "p": 0.02, "transforms": [crop]}
-    steps = batches(
-        IMAGES, LABELS, batch_size=8, seed=0, steps=range(99), transforms=[JITTER[0], sometimes], workers=workers
-    )
+    steps = batches(SPLIT, batch_size=8, seed=0, steps=range(99), transforms=[JITTER[0], sometimes], workers=workers)
     assert len(next(steps)[0]) == 8
     with pytest.raises(UserError) as fault:
         list(steps)
@@ -123,7 +122,8 @@ def test_a_large_batch_is_the_same_after_a_stop_and_with_workers(workers):
 
 def test_an_image_that_is_twice_in_a_batch_is_augmented_twice():
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
-    batch, _ = next(batches(images, np.zeros(1, int), batch_size=16, seed=0, steps=range(1), transforms=JITTER))
+    split = Images(images, np.zeros(1, int))
+    batch, _ = next(batches(split, batch_size=16, seed=0, steps=range(1), transforms=JITTER))
     assert len({tuple(one.flatten().tolist()) for one in batch}) > 10
 
 
@@ -149,7 +149,7 @@ data = Prepared(folder)
 data.verify()
 images, labels = data.train
 steps = range(2 * len(images) // 50)
-stream = batches(images, labels, batch_size=50, seed=0, steps=steps, transforms=[])
+stream = batches(data.train, batch_size=50, seed=0, steps=steps, transforms=[])
 next(stream)
 before = held("RssAnon:")  # less the pages of files
 resource.setrlimit(resource.RLIMIT_DATA, (int(held("VmData:") + 192) << 20, -1))

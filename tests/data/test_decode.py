@@ -262,7 +262,7 @@ def test_a_large_picture_within_the_limit_is_taken_without_a_warning(tmp_path: P
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp", "bmp", "gif"])
-def test_damage_anywhere_in_a_file_is_told_or_harmless(tmp_path: Path, extension: str) -> None:
+def test_damage_anywhere_in_a_file_is_reported_or_harmless(tmp_path: Path, extension: str) -> None:
     whole = io.BytesIO()
     Image.fromarray(noise(24, 24, 3)).save(whole, {"jpg": "JPEG"}.get(extension, extension))
     rng = np.random.default_rng(0)
@@ -285,7 +285,7 @@ def test_listing_passes_over_what_systems_make(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (tmp_path / "__MACOSX" / "out").symlink_to("/")  # nobody looks where it leads
+    (tmp_path / "__MACOSX" / "out").symlink_to("/")  # links in such folders are not followed
     assert image_files(tmp_path) == (["cat/a.png", "thumbs/c.png"], 1)
 
 

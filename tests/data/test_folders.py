@@ -231,7 +231,7 @@ def test_a_name_that_is_not_utf8_is_refused_with_its_remedy(name: bytes) -> None
     assert line.isprintable()
     assert line.startswith(r"dataset.path = my raw: the name of my raw/")
     assert r"caf\udce9" in line
-    assert line.endswith(" is not UTF-8; rename it, or mend all names: convmv -f latin1 -t utf8 -r --notest 'my raw'")
+    assert line.endswith(" is not UTF-8; rename it, or fix all names: convmv -f latin1 -t utf8 -r --notest 'my raw'")
 
 
 @pytest.mark.parametrize("name", ["Raw", "raw ", "RAW"])

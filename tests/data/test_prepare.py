@@ -98,7 +98,7 @@ def test_each_run_gives_the_same_bytes_as_numpy_writes_them() -> None:
             assert first[f"{split}/{kind}.npy"] == expected.getvalue()
 
 
-def test_the_summary_tells_what_is_there() -> None:
+def test_the_summary_lists_what_is_there() -> None:
     summary = run(digits())
     text = Path("prepared/dataset.json").read_text()
     assert text == json.dumps(summary, indent=2) + "\n"
@@ -238,7 +238,7 @@ def test_the_result_is_the_same_on_any_number_of_cores(monkeypatch: pytest.Monke
         (["train/1.png", "test/notes.txt"], "test/ holds no images"),
     ],
 )
-def test_an_unfit_folder_is_told_in_one_line(files: list[str], message: str) -> None:
+def test_an_unfit_folder_is_reported_in_one_line(files: list[str], message: str) -> None:
     for i, name in enumerate(files):
         put(name, i)
     with pytest.raises(UserError, match=message) as fault:
@@ -247,9 +247,9 @@ def test_an_unfit_folder_is_told_in_one_line(files: list[str], message: str) -> 
     assert tree() == (["raw"] if files else [])
 
 
-def test_a_file_in_the_place_of_the_folder_is_told() -> None:
+def test_a_file_in_the_place_of_the_folder_is_reported() -> None:
     Path("raw").touch()
-    with pytest.raises(UserError, match="raw: is no folder"):
+    with pytest.raises(UserError, match="raw: is not a folder"):
         run(dataset())
 
 
@@ -277,7 +277,7 @@ def test_broken_images_stop_the_run_and_are_named() -> None:
     assert lines[:20] == [f"train/a/broken{i:02}.png: not a png, jpg, webp, bmp or gif image" for i in range(20)]
     assert lines[20] == "and 6 more"
     assert lines[21] == (
-        "26 of 37 images in raw are broken: mend or remove them, or leave them out: dataset.on_broken=skip"
+        "26 of 37 images in raw are broken: repair or remove them, or skip them: dataset.on_broken=skip"
     )
     assert len(lines) == 22 and tree() == ["raw"]
 
@@ -306,8 +306,8 @@ def test_skipped_images_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     summary = run(dataset(on_broken="skip"))
     assert summary["broken"] == 4 and summary["counts"] == {"train": 6, "test": 5}
     assert colors("test") == [10, 11, 13, 14, 15] and len(load("test", "labels")) == 5
-    told = capsys.readouterr().out
-    assert "test/a/2.png: the file is empty" in told and "4 of 15 images in raw are broken and left out" in told
+    printed = capsys.readouterr().out
+    assert "test/a/2.png: the file is empty" in printed and "4 of 15 images in raw are broken and left out" in printed
 
 
 def test_a_split_of_nothing_but_broken_images_stops_the_run() -> None:
@@ -331,7 +331,7 @@ def test_a_class_that_loses_all_training_images_is_refused() -> None:
     put("test/b/0.png", 90)
     Path("raw/train/b").mkdir()
     Path("raw/train/b/0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="no training image is left of b: mend or replace the broken ones") as fault:
+    with pytest.raises(UserError, match="no training image is left of b: repair or replace the broken ones") as fault:
         run(dataset(on_broken="skip"))
     assert "\n" not in str(fault.value) and tree() == ["raw"]
 
@@ -429,7 +429,7 @@ def test_what_a_killed_run_left_is_removed() -> None:
     ]
 
 
-def test_a_target_that_cannot_be_written_is_told_by_its_path() -> None:
+def test_a_target_that_cannot_be_written_is_reported_by_path() -> None:
     Path("file").touch()
     with pytest.raises(OSError) as fault:
         prepare(digits(), Path("file/prepared"), Path("downloads"))

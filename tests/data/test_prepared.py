@@ -44,8 +44,8 @@ def test_missing_or_odd_prepared_data_is_reported_in_one_line(tmp_path):
         for split in ("train", "test"):
             path = written(tmp_path) / split / f"{kind}.npy"
             path.unlink()
-            told = f"^{re.escape(str(path))}: .*No such file.*; run the stage prepare_data again$"
-            with pytest.raises(UserError, match=told):
+            fault = f"^{re.escape(str(path))}: .*No such file.*; run the stage prepare_data again$"
+            with pytest.raises(UserError, match=fault):
                 Prepared(tmp_path)
     with pytest.raises(UserError, match=r"holds float32 \(50, 8, 8, 3\), not uint8"):
         Prepared(written(tmp_path, IMAGES.astype(np.float32)))
@@ -56,7 +56,7 @@ def test_missing_or_odd_prepared_data_is_reported_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "fault"),
     [
         ({"shape": [8, 8, 1]}, r"images.npy: holds \(50, 8, 8, 3\), not \(50, 8, 8, 1\)"),
         ({"counts": {"train": 49, "test": 20}}, r"images.npy: holds \(50, 8, 8, 3\), not \(49, 8, 8, 3\)"),
@@ -73,8 +73,8 @@ def test_missing_or_odd_prepared_data_is_reported_in_one_line(tmp_path):
         ({"sha256": None}, "dataset.json: sha256: Input should be a valid string"),
     ],
 )
-def test_prepared_data_that_does_not_match_is_reported_in_one_line(tmp_path, changes, told):
-    with pytest.raises(UserError, match=f"{told}.*; run the stage prepare_data again$"):
+def test_prepared_data_that_does_not_match_is_reported_in_one_line(tmp_path, changes, fault):
+    with pytest.raises(UserError, match=f"{fault}.*; run the stage prepare_data again$"):
         Prepared(written(tmp_path, **changes))
 
 

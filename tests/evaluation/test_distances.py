@@ -6,27 +6,24 @@ import torch
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from ddpm.evaluation import distances
+from ddpm.evaluation import blocks, distances
 from ddpm.evaluation.distances import Normal
-
-
-def gaussian(n, mean=0.0, std=1.0, dim=8, seed=0):
-    return np.random.default_rng(seed).standard_normal((n, dim)) * std + mean
-
-
-def pixels(n, dim=64, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, dim), dtype=np.uint8)
+from tests.evaluation.known import assert_covers, gaussian, pixels
 
 
 def doubles(features):
     return torch.from_numpy(features.astype(np.float64) / (255 if features.dtype == np.uint8 else 1))
 
 
+def both(a, b):
+    """The distance and its error."""
+    a, b = (x if isinstance(x, Normal) else Normal(x) for x in (a, b))
+    return distances.frechet_distance(a, b)
+
+
 def frechet(a, b):
-    return distances.frechet_distance(Normal(a), Normal(b))
+    return both(a, b).value
 
 
 def peer(a, b):
@@ -84,38 +81,6 @@ def test_wide_images_are_measured_without_a_covariance_matrix():
 def test_the_same_images_are_at_distance_zero(dim):
     a = gaussian(500, dim=dim)
     assert frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert distances.precision_recall(a, a, 3) == (1.0, 1.0)
-
-
-def test_samples_of_one_mode_have_precision_but_no_recall():
-    real = np.concatenate([gaussian(200, mean=m, std=0.1, seed=m) for m in range(5)])
-    samples = gaussian(500, std=0.1, seed=9)
-    precision, recall = distances.precision_recall(samples, real, 3)
-    assert precision > 0.8
-    assert recall < 0.3
-    assert distances.kernel_distance(samples, real, subset_size=100, seed=0)[0] > 0
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-@pytest.mark.parametrize(("counts", "size"), [((300, 500), 200), ((60, 2500), 50)])  # all products, or each subset's
-def test_kid_precision_and_recall_are_those_of_torch_fidelity(counts, size, dtype):
-    rng = np.random.default_rng(0)
-    a, b = (rng.permutation(digits())[:n] if n < 1700 else np.tile(digits(), (2, 1))[:n] for n in counts)
-    noise = rng.integers(0, 17, a.shape, dtype=np.uint8)
-    a, b = ((a // 2 + noise).astype(dtype), b.astype(dtype))
-    kid = kid_features_to_metric(doubles(a), doubles(b), kid_subset_size=size, rng_seed=5, verbose=False)
-    expected = kid[KEY_METRIC_KID_MEAN], kid[KEY_METRIC_KID_STD]
-    assert distances.kernel_distance(a, b, subset_size=size, seed=5) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    peer = prc_features_to_metric(doubles(a), doubles(b), prc_neighborhood=3, save_cpu_ram=True, verbose=False)
-    expected = peer[KEY_METRIC_PRECISION], peer[KEY_METRIC_RECALL]
-    assert distances.precision_recall(a, b, 3) == pytest.approx(expected, abs=2e-3)
-
-
-def test_kid_follows_from_its_seed_and_takes_the_smaller_set():
-    a, b = gaussian(60), gaussian(300, mean=0.3, seed=1)
-    first, again, other = (distances.kernel_distance(a, b, subset_size=50, seed=s) for s in (0, 0, 1))
-    assert first == again != other
-    assert all(map(math.isfinite, distances.kernel_distance(a, b, subset_size=1000, seed=0)))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -123,61 +88,79 @@ def test_no_distance_depends_on_the_size_of_a_block(monkeypatch, dtype):
     a, b = (digits()[rows].astype(dtype) for rows in (slice(0, 150), slice(150, 400)))
 
     def all_values():
-        return np.array(
-            [
-                frechet(a, b),
-                frechet(a[:20], b),
-                frechet(a[:20], b[:30]),
-                *distances.kernel_distance(a, b, subset_size=50, seed=0),
-                *distances.precision_recall(a, b, 3),
-                *distances.nearest(a, b)[0],
-                *distances.nearest(a, b)[1],
-            ]
-        )
+        return [*both(a, b), *both(a[:20], b), *both(a, b[:20]), *both(a[:20], b[:30]), *both(a[:30], b[:20])]
 
     expected = all_values()
     for block in (1, 1000, 20_000):
-        monkeypatch.setattr(distances, "BLOCK", block)
-        monkeypatch.setattr(distances, "PAIRS", block)
+        monkeypatch.setattr(blocks, "BLOCK", block)
         np.testing.assert_allclose(all_values(), expected, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("counts", [(i, j) for i in range(1, 6) for j in range(1, 6)])
-def test_of_few_images_each_measure_is_a_number_or_not_defined(counts):
+@pytest.mark.parametrize("counts", [(i, j) for i in range(1, 4) for j in range(1, 4)])
+def test_of_few_images_a_distance_is_a_number_or_not_defined(counts):
     n, m = counts
     a, b = pixels(n), pixels(m, seed=1)
     assert math.isnan(frechet(a, b)) == (min(n, m) < 2)
-    assert math.isnan(distances.kernel_distance(a, b, subset_size=500, seed=0)[0]) == (min(n, m) < 2)
-    assert math.isnan(distances.real_floor(a, seed=0)) == (n < 4)
-    for neighbours in (1, 3, 50):
-        precision, recall = distances.precision_recall(a, b, neighbours)
-        assert math.isnan(precision) == (m <= neighbours)
-        assert math.isnan(recall) == (n <= neighbours)
-    to_b = distances.nearest(a, b)[0]
-    assert len(to_b) == n
-    assert math.isfinite(distances.memorisation_ratio(to_b, to_b))
+    assert math.isnan(distances.floor(Normal(b), n, seed=0).value) == (min(n, m) < 2)
+    assert math.isnan(distances.extrapolated(Normal(a), Normal(b), both(a, b), seed=0).value)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_nearest_point_is_found_across_all_chunks(dtype):
-    points, queries = gaussian(20_000, dim=2).astype(dtype), gaussian(3000, dim=2, seed=1).astype(dtype)
-    queries[17], queries[2999] = points[19_999], points[8192]
-    distance, index = distances.nearest(queries, points)
-    expected = torch.cdist(doubles(queries), doubles(points), compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
-    np.testing.assert_array_equal(index, expected.indices.numpy())
-    np.testing.assert_allclose(distance, expected.values.numpy(), rtol=1e-12)
-    assert distance[17] == distance[2999] == 0  # a copy
+@pytest.mark.parametrize(
+    ("n", "m", "dim", "tolerance"),
+    [
+        (300, 500, 8, 0.02),
+        (300, 60, 100, 0.05),
+        (40, 500, 100, 0.25),  # with less samples than features, removing one is no small change
+        (40, 60, 100, 0.25),
+        (60, 40, 100, 0.25),
+    ],
+)
+def test_the_error_is_that_of_the_jackknife_in_every_route(n, m, dim, tolerance):
+    a, b = gaussian(n, mean=0.4, std=1.3, dim=dim), gaussian(m, dim=dim, seed=1)
+    assert distances.distance_alone(Normal(a), Normal(b)) == pytest.approx(frechet(a, b), rel=1e-9)
+    without = np.array([distances.distance_alone(Normal(np.delete(a, i, axis=0)), Normal(b)) for i in range(n)])
+    jackknife = math.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    assert both(a, b).error == pytest.approx(jackknife, rel=tolerance)
 
 
-def test_of_copies_in_the_training_set_the_first_is_the_nearest():
-    points = np.tile(gaussian(10), (2000, 1))
-    assert distances.nearest(points[13:14], points)[1] == [3]
+REAL = gaussian(3000, dim=6)
 
 
-def test_the_memorisation_ratio_is_0_for_copies_and_1_for_new_images():
-    train, new, held_out = gaussian(1000), gaussian(400, seed=1), gaussian(400, seed=2)
-    to_train = lambda features: distances.nearest(features, train)[0]  # noqa: E731
-    assert distances.memorisation_ratio(to_train(train[:100]), to_train(held_out)) == 0
-    assert distances.memorisation_ratio(to_train(new), to_train(held_out)) == pytest.approx(1, abs=0.1)
-    assert distances.memorisation_ratio(to_train(train[:100] + 0.01), to_train(held_out)) < 0.1
-    assert math.isnan(distances.memorisation_ratio(to_train(new), to_train(train)))
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.0, 1.05), (0.3, 1.2)])
+def test_the_distance_has_the_error_of_another_draw(mean, std):
+    """At the floor too, where the error may be too large by the square root of 2, and never too small."""
+    real = Normal(REAL)
+    draw = lambda seed: both(gaussian(200, mean, std, dim=6, seed=100 + seed), real)  # noqa: E731
+    assert_covers(draw, None, times=120, widest=1.2 if mean else 1.6)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.3, 1.2)])
+def test_the_extrapolated_distance_holds_that_of_infinite_samples(mean, std):
+    real = Normal(REAL)
+    truth = np.square(REAL.mean(0) - mean).sum() + np.square(std - np.sqrt(np.linalg.eigvalsh(np.cov(REAL.T)))).sum()
+
+    def draw(seed):
+        samples = Normal(gaussian(200, mean, std, dim=6, seed=100 + seed))
+        return distances.extrapolated(samples, real, both(samples, real), seed)
+
+    assert_covers(draw, truth, times=120, widest=1.2 if mean else 1.6)
+
+
+def test_the_floor_is_the_distance_of_the_real_images_drawn_again():
+    real = Normal(digits())
+    floor, smaller = distances.floor(real, 2000, seed=0), distances.floor(real, 500, seed=0)
+    assert 0.0130 < floor.value < 0.0165
+    assert floor.value < smaller.value / 3
+    rng = np.random.default_rng(9)
+    again = [distances.distance_alone(Normal(digits()[rng.integers(0, 1797, 2000)]), real) for _ in range(20)]
+    assert abs(floor.value - np.mean(again)) < 3 * floor.error
+    assert floor == distances.floor(real, 2000, seed=0) != distances.floor(real, 2000, seed=1)
+
+
+def test_the_reference_is_decomposed_once(monkeypatch):
+    real, eigh, sizes = Normal(gaussian(200)), torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (sizes.append(len(matrix)), eigh(matrix))[1])
+    for seed in range(3):
+        both(gaussian(100, seed=seed), real)
+    distances.floor(real, 100, seed=0)
+    assert len(sizes) == 1 + 3  # its root, and each distance's own

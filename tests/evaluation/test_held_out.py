@@ -6,7 +6,7 @@ import torch
 
 from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.evaluation import held_out
-from ddpm.evaluation.held_out import HeldOut, held_out_loss, variational_bound
+from ddpm.evaluation.held_out import HeldOut, held_out_loss, image_losses, variational_bound
 from ddpm.runtime.resume import Store
 from tests.conftest import small_unet
 
@@ -20,7 +20,7 @@ def test_the_held_out_loss_of_a_known_network_is_its_closed_form():
     assert bound is None
 
 
-def test_the_held_out_loss_is_told_by_timestep_from_clean_to_noisy():
+def test_the_held_out_loss_is_listed_from_clean_to_noisy_timesteps():
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon"))
     seen = []
 
@@ -34,6 +34,20 @@ def test_the_held_out_loss_is_told_by_timestep_from_clean_to_noisy():
     assert all(math.isfinite(loss) for loss in losses)
     again = held_out_loss(small_unet(), d, HeldOut(images), bins=5, batch_size=10, seed=0)
     assert again == held_out_loss(small_unet(), d, HeldOut(images), bins=5, batch_size=10, seed=0)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_loss_of_each_image_is_what_the_mean_is_taken_of(learned):
+    d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon", learn_variance=learned))
+    unet, held = small_unet(out_channels=1 + learned), HeldOut(photographs(7))
+    options = {"bins": 3, "batch_size": 4, "seed": 0}
+    losses = image_losses(unet, d, held, **options)
+    assert losses.shape == (1 + learned, 7, 3)
+    simple, bound = held_out_loss(unet, d, held, **options)
+    np.testing.assert_array_equal(losses[0].mean(axis=0), simple)
+    assert (bound is not None) == learned
+    one = image_losses(unet, d, HeldOut(held.images[5:6], None, np.array([5])), **options)
+    np.testing.assert_allclose(one[:, 0], losses[:, 5], rtol=1e-5)
 
 
 def photographs(count, size=8, channels=1):
@@ -176,6 +190,32 @@ def test_a_fixed_variance_makes_the_bound_looser():
         for variance in ("fixed_small", "fixed_large")
     )
     assert 1.01 * entropy < large < 1.05 * entropy < small
+
+
+def test_timesteps_at_once_are_given_the_labels_of_their_images():
+    images, _ = gaussian_images(6, 127.5, 40.0)
+    d, unet = GaussianDiffusion(DiffusionConfig(20, "cosine", "v")), small_unet(num_class_embeds=3)
+    held, other = HeldOut(images, np.array([0, 1, 2, 2, 1, 0])), HeldOut(images, np.array([0, 1, 2, 2, 1, 1]))
+    options = {"variance": "fixed_large", "seed": 0}
+    one = variational_bound(unet, d, held, batch_size=6, **options)
+    several = variational_bound(unet, d, held, batch_size=64, **options)  # of 10 timesteps
+    np.testing.assert_allclose(several.terms, one.terms, rtol=1e-4, atol=1e-6)
+    assert variational_bound(unet, d, other, batch_size=64, **options).bits_per_dim != several.bits_per_dim
+
+
+def test_the_bound_has_the_error_of_its_images_in_any_batches():
+    images, _ = gaussian_images(9, 127.5, 40.0)
+    d = GaussianDiffusion(DiffusionConfig(20, "cosine", "v"))
+
+    def bound(rows, batch_size=9):
+        options = {"variance": "fixed_large", "batch_size": batch_size, "seed": 0}
+        return variational_bound(small_unet(), d, HeldOut(images[rows], None, np.array(rows)), **options)
+
+    alone = [bound([i]) for i in range(9)]
+    assert all(math.isnan(one.error) for one in alone)
+    expected = np.std([one.bits_per_dim for one in alone], ddof=1) / 3
+    assert bound([*range(9)]).error == pytest.approx(expected, rel=1e-4)
+    assert bound([*range(9)], 4).error == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_network_that_knows_nothing_has_a_worse_bound():

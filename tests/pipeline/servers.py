@@ -1,4 +1,4 @@
-"""Real servers on loopback, run as the current user: OpenSSH's sshd, and the S3 API of OpenStack Swift."""
+"""Real servers on loopback, without privileges: OpenSSH's sshd, the S3 API of OpenStack Swift, PostgreSQL."""
 
 import getpass
 import os
@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -97,3 +98,26 @@ def swift(folder: Path) -> Iterator[dict[str, str]]:
             command = [str(programs / f"swift-{name}-server"), str(folder / f"{name}.conf"), "--verbose"]
             running.enter_context(serving(command, ports[name], folder / f"{name}.log"))
         yield {"endpoint_url": f"http://127.0.0.1:{ports['proxy']}", "key": "test:tester", "secret": "testing"}
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """A PostgreSQL server with an empty database, in a folder of its own; gives its URL, as Optuna takes it."""
+    where = ":".join([os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
+    initdb, server = shutil.which("initdb", path=where), shutil.which("postgres", path=where)
+    assert initdb and server, "PostgreSQL is missing: apt-get install postgresql"
+    # it refuses to run as root, as in a container: then as the user that Debian's package made
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    with tempfile.TemporaryDirectory(prefix="ddpm-postgresql-", dir="/tmp") as folder:
+        if user:
+            shutil.chown(folder, "postgres")
+        data, port = f"{folder}/data", free_port()
+        subprocess.run(
+            [*user, initdb, "-A", "trust", "-U", "me", "-D", data], cwd=folder, check=True, capture_output=True
+        )
+        options = ["-p", str(port), "-h", "127.0.0.1", "-k", folder, "-c", "fsync=off"]
+        with (
+            tempfile.TemporaryDirectory() as logs,
+            serving([*user, server, "-D", data, *options], port, Path(logs, "log")),
+        ):
+            yield f"postgresql://me@127.0.0.1:{port}/postgres"

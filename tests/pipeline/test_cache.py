@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pipeline.conftest import Clone
+from tests.support.clones import Clone
 
 STAGES = ("prepare_data", "train", "sample", "evaluate")
 # What the stages then compute differs in every output from what the cache holds

@@ -2,23 +2,30 @@
 
 import json
 import re
-import time
 
 import pytest
 import yaml
 from dvc.repo import Repo
 
 from tests.conftest import ROOT
-from tests.pipeline.conftest import SMOKE
+from tests.support.clones import SMOKE, wait_for_queue
 
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-ORDER = ["prepare_data", "train", "sample", "evaluate"]
 
 
-def changed(clone) -> set[str]:
-    """The stages with a changed dependency or parameter of their own (not just a changed predecessor)."""
+def changed(clone) -> dict[str, set[str]]:
+    """The stages with a changed dependency or parameter of their own (not of a predecessor alone), and what changed."""
+    found = {}
     with Repo(str(clone.folder)) as repo:
-        return {name.rpartition(":")[2] for name in repo.status()}
+        for name, entries in repo.status().items():
+            changes = [entry["changed deps"] for entry in entries if "changed deps" in entry]
+            found[name.rpartition(":")[2]] = {
+                part
+                for change in changes
+                for path, what in change.items()
+                for part in (what if isinstance(what, dict) else [path])  # the sections of params.yaml
+            }
+    return found
 
 
 def test_a_run_makes_all_that_the_design_promises(smoke):
@@ -55,7 +62,9 @@ def test_metrics_plots_and_experiments_are_shown(smoke, tmp_path):
     metrics = json.loads(smoke.run("dvc", "metrics", "show", "--json").stdout)
     values = metrics[""]["data"]["results/evaluate/metrics.json"]["data"]
     assert values["frechet_distance"] > 0
-    assert {"kid", "precision", "recall", "held_out_loss", "frechet_distance_real_halves"} <= set(values)
+    assert {"kid", "kid_se", "precision", "recall", "coverage", "held_out_loss", "frechet_distance_floor"} <= set(
+        values
+    )
     smoke.dvc("plots", "show", "--out", str(tmp_path))
     page = (tmp_path / "index.html").read_text()
     for title in ("Training loss", "Learning rate", "Held-out loss by timestep", "grid.png", "samples_epoch_00001"):
@@ -63,7 +72,7 @@ def test_metrics_plots_and_experiments_are_shown(smoke, tmp_path):
     assert "frechet_distance" in smoke.dvc("exp", "show", "--csv")
 
 
-def test_no_output_tells_the_time_or_the_machine(smoke_run):
+def test_no_output_names_the_machine_or_its_folders(smoke_run):
     import socket
 
     for path in [*smoke_run.glob("results/**/*"), *smoke_run.glob("models/**/*")]:
@@ -73,15 +82,16 @@ def test_no_output_tells_the_time_or_the_machine(smoke_run):
             assert len(socket.gethostname()) < 6 or socket.gethostname().encode() not in content, path
 
 
-@pytest.mark.parametrize("module", sorted({dep for stage in GRAPH.values() for dep in stage["deps"] if ".py" in dep}))
-def test_a_changed_module_reruns_exactly_the_stages_that_import_it(smoke, module):
-    path = smoke.folder / module
-    before = path.read_text()
+def test_a_changed_module_reruns_exactly_the_stages_that_import_it(smoke):
+    modules = {name: {dep for dep in stage["deps"] if dep.endswith(".py")} for name, stage in GRAPH.items()}
+    before = {smoke.folder / module: (smoke.folder / module).read_text() for module in set().union(*modules.values())}
     try:
-        path.write_text(before + "\n# changed\n")
-        assert changed(smoke) == {stage for stage in ORDER if module in GRAPH[stage]["deps"]}
+        for path, text in before.items():
+            path.write_text(text + "\n# changed\n")
+        assert changed(smoke) == modules
     finally:
-        path.write_text(before)
+        for path, text in before.items():
+            path.write_text(text)
 
 
 def other(value):
@@ -104,22 +114,22 @@ def leaves(tree, path=()):
 PARAMS = sorted(leaves(yaml.safe_load((ROOT / "params.yaml").read_text())))
 
 
-@pytest.mark.parametrize("section", sorted({path[0] for path in PARAMS}))
-def test_a_changed_param_reruns_exactly_the_stages_that_use_it(smoke, section):
-    """dvc.yaml names whole sections, so the first and the last leaf stand for all."""
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_changed_param_reruns_exactly_the_stages_that_use_it(smoke, end):
+    """dvc.yaml names whole sections, so the first and the last leaf of each stand for all."""
     assert not any("." in name for stage in GRAPH.values() for name in stage["params"])
-    leaves = [leaf for leaf in PARAMS if leaf[0] == section and leaf != ("dataset", "path")]
     path = smoke.folder / "params.yaml"
     before = path.read_text()
     try:
-        for leaf in {leaves[0], leaves[-1]}:
-            tree = yaml.safe_load(before)
+        tree = yaml.safe_load(before)
+        for section in tree:
+            *parents, last = [leaf for leaf in PARAMS if leaf[0] == section and leaf != ("dataset", "path")][end]
             place = tree
-            for key in leaf[:-1]:
+            for key in parents:
                 place = place[key]
-            place[leaf[-1]] = other(place[leaf[-1]])
-            path.write_text(yaml.safe_dump(tree))
-            assert changed(smoke) == {stage for stage in ORDER if section in GRAPH[stage]["params"]}, leaf
+            place[last] = other(place[last])
+        path.write_text(yaml.safe_dump(tree))
+        assert changed(smoke) == {name: set(stage["params"]) for name, stage in GRAPH.items()}
     finally:
         path.write_text(before)
 
@@ -131,21 +141,12 @@ def test_files_that_do_not_count_change_nothing(smoke):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes((before or b"") + b"\n# more\n")
         try:
-            assert changed(smoke) == set(), name
+            assert changed(smoke) == {}, name
         finally:
             if before is None:
                 path.unlink()
             else:
                 path.write_bytes(before)
-
-
-def wait_for_queue(clone) -> None:
-    """Until no experiment waits or runs; asked in this process, as a `dvc queue status` takes a second of CPU."""
-    with Repo(str(clone.folder)) as repo:
-        queue, deadline = repo.experiments.celery_queue, time.monotonic() + 600
-        while any(queue.iter_queued()) or any(queue.iter_active()):
-            assert time.monotonic() < deadline, clone.dvc("queue", "status")
-            time.sleep(0.2)
 
 
 def test_a_command_in_a_templated_parameter_is_a_path_and_not_run(smoke):
@@ -168,8 +169,7 @@ def test_an_override_reruns_only_what_uses_it(smoke):
     assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
     smoke.run("git", "restore", ".")
     smoke.dvc("exp", "rename", "ddpm-sampler", "ancestral")
-    (row,) = (line for line in smoke.run("python", "-m", "tools.exps").stdout.splitlines() if "ancestral" in line)
-    assert len(re.findall(r"\d\.\d{4}", row)) == 5, "all numbers but bits/dim, which were not asked for"
+    assert "ancestral" in smoke.run("python", "-m", "tools.exps").stdout
     smoke.dvc("exp", "apply", "ancestral")
     assert yaml.safe_load((smoke.folder / "params.yaml").read_text())["sample"]["sampler"] == "ddpm"
     smoke.run("git", "restore", ".")
@@ -194,7 +194,7 @@ def test_a_diverged_trial_is_failed_and_does_not_harm_the_next(smoke):
             last = experiment["revs"][0]
             rate = ((last["data"] or {}).get("params") or {}).get("params.yaml", {}).get("data", {}).get("optimizer")
             status = (experiment["executor"] or {}).get("state") or ("failed" if last["error"] else "success")
-            if rate and "momentum" in rate:
+            if rate and "nesterov" in rate:
                 states[rate["lr"]] = status
     assert states == {1e30: "failed", 1e-2: "success"}
     log = smoke.dvc("queue", "status")
@@ -204,6 +204,5 @@ def test_a_diverged_trial_is_failed_and_does_not_harm_the_next(smoke):
     row = next(line.split() for line in table.splitlines() if line.strip().startswith(failed))
     assert row[:2] == [failed, "failed"], table
     assert "1e+30" in row, table
-    assert not any(re.fullmatch(r"\d+\.\d{4}", cell) for cell in row), "a failed trial is shown with numbers"
-    assert re.search(r"success .*0\.01 .*(?: \d+\.\d{4} *){6}", table), table
+    assert re.search(r"success +0\.01 (?: +-?\d+\.\d{4}){6}", table), table
     assert f"dvc queue logs {failed}" in table

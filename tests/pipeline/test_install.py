@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, composed
-from tests.pipeline.conftest import Clone, make_clone
+from tests.support.clones import Clone, make_clone
 
 FEW = ("+experiment=smoke", "runtime.threads=1", "train.steps=2", "train.warmup_steps=0", "tracking.wandb=disabled")
 
@@ -67,8 +67,8 @@ def test_a_script_with_the_library_of_another_checkout_is_refused(installed: Clo
     other.env = installed.env
     done = other.run("python", "stages/train.py", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    told = f"imports ddpm from {installed.folder}, another checkout: python -m stages.train"
-    assert done.stderr == f"error: {other.folder}/stages/train.py: {told}\n"
+    fault = f"imports ddpm from {installed.folder}, another checkout: python -m stages.train"
+    assert done.stderr == f"error: {other.folder}/stages/train.py: {fault}\n"
 
 
 RECORD = '#!/bin/sh\necho "$(basename "$0") $*" >> "{log}"\n{then}\n'

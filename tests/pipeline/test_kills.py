@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import SMOKE, Clone, git_clone
 from tests.robustness.kills import Ground
+from tests.support.clones import SMOKE, Clone, git_clone
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")

@@ -1,4 +1,4 @@
-"""The walk of docs/own-images.md, on a folder of a person's own: every command of the page is run by the real dvc."""
+"""The walk of docs/own-images.md, on a user's own folder: every command of the page is run by the real dvc."""
 
 import hashlib
 import re
@@ -10,9 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.pipeline.conftest import Clone, git_clone, make_clone
-from tests.pipeline.test_dvc import wait_for_queue
-from tests.pipeline.test_readme import INSTALLED
+from tests.support.clones import INSTALLED, Clone, git_clone, make_clone, wait_for_queue
 
 PAGE = (ROOT / "docs/own-images.md").read_text(encoding="utf-8")
 BLOCKS = [block.splitlines() for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)]
@@ -82,7 +80,7 @@ def is_clean(clone: Clone) -> bool:
 def test_both_trials_of_the_sweep_saw_the_images(person):
     status = person.type("dvc queue status")
     assert (status.count("Success"), status.count("Failed")) == (2, 0), status
-    table = person.type("python tools/exps.py")
+    table = person.type("python -m tools.exps")
     assert table.count("success") == 2, table
 
 
@@ -106,8 +104,8 @@ def test_the_page_of_plots_shows_the_runs(person):
     assert "Training loss" in page and "grid.png" in page
 
 
-@pytest.mark.parametrize("anew", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_clone_elsewhere_is_clean_and_has_the_same_bytes(person, tmp_path, anew):
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_clone_elsewhere_is_clean_and_has_the_same_bytes(person, tmp_path, recompute):
     get, pull, repeat, again = BLOCKS[1]
     hosted = Clone(tmp_path)
     hosted.run("sh", "-ec", get.replace("/path/to/repository", str(person.base / "hosted.git")))
@@ -118,7 +116,7 @@ def test_a_clone_elsewhere_is_clean_and_has_the_same_bytes(person, tmp_path, ane
     assert before == content(person.clone.folder)
     assert len([name for name in before if name.startswith("data/raw/")]) == 60
     assert "Running stage" not in person.type(repeat, clone)
-    if anew:
+    if recompute:
         person.type(again, clone)
         assert content(clone.folder) == before
 

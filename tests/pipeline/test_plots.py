@@ -19,6 +19,8 @@ CHARTS = {  # title: the titles of its axes
     "Training loss": ("training step", "mean squared error"),
     "Learning rate": ("training step", "learning rate"),
     "Gradient norm, before clipping": ("training step", "L2 norm"),
+    "Held-out loss of the averaged weights": ("training step", "mean squared error"),
+    "Held-out loss by noise level (1 of 4 is the least noise)": ("training step", "mean squared error"),
     "Held-out loss by timestep": ("timestep t (0 is clean)", "mean squared error"),
     "Variational bound by timestep": ("timestep t (0 is clean)", "bits/dim (log scale)"),
     "Rate and distortion": ("rate (bits/dim)", "distortion (RMSE, 0 to 255)"),
@@ -31,8 +33,7 @@ PICTURES = [
     "Nearest neighbours",
     "Training images",
     "Start noise of the samples",
-    "Samples after epoch 1",
-    "Samples after epoch 2",
+    "Samples by epoch",
 ]
 ELSEWHERE = re.compile("^https?:")
 MARKS = ".mark-line path, .mark-symbol path"  # what a curve is made of
@@ -98,7 +99,7 @@ def test_every_chart_and_picture_is_drawn_without_a_network(browser, page_of_one
         widths = figure(page, title).locator("img").evaluate_all("all => all.map(img => img.naturalWidth)")
         assert len(widths) == 1 and widths[0] > 0, title
     assert page.locator("figure").count() == len(CHARTS) + len(PICTURES)
-    assert page.locator("h2").all_inner_texts() == ["Samples", "Training", "Evaluation"]
+    assert page.locator("h2").all_inner_texts() == ["Numbers", "Samples", "Training", "Evaluation"]
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "the page is wider than the screen"
     assert trouble == []
     page.close()
@@ -124,8 +125,35 @@ def test_two_revisions_are_overlaid_and_side_by_side(browser, page_of_two, size)
         assert all(pictures.evaluate_all("all => all.map(img => img.naturalWidth > 0)")), title
         left, right = (pictures.nth(i).bounding_box() for i in range(2))
         assert left["y"] == right["y"] or size == PHONE, title
-    assert "none of default" in figure(page, "Samples after epoch 1").inner_text()
+    assert "none of default" in figure(page, "Samples by epoch").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    assert trouble == []
+    page.close()
+
+
+def test_two_revisions_open_with_their_numbers_and_what_differs(browser, page_of_two):
+    page, _ = opened(browser, page_of_two, LAPTOP)
+    assert page.locator("h2").all_inner_texts()[:3] == ["Numbers", "Changed parameters", "Samples"]
+    numbers, _, params = (page.locator("table").nth(i) for i in range(3))
+    assert numbers.locator("thead").inner_text().split() == ["default", "main"]
+    (distance,) = (row for row in numbers.locator("tr").all_inner_texts() if row.startswith("Fréchet distance"))
+    assert re.fullmatch(r"Fréchet distance(\s+\d+\.\d{4}){2}", distance)
+    rows = {row.split()[0]: row.split()[1:] for row in params.locator("tbody tr").all_inner_texts()}
+    assert rows["train.steps"] == ["1200", "60"]
+    assert "optimizer.lr" not in rows, "it is the same in both"
+    page.close()
+
+
+def test_the_slider_shows_the_samples_of_each_epoch(browser, page_of_one):
+    page, trouble = opened(browser, page_of_one, LAPTOP)
+    card = figure(page, "Samples by epoch")
+    assert "after epoch 2" in card.inner_text()
+    last = card.locator("img").get_attribute("src")
+    card.get_by_role("slider").press("ArrowLeft")
+    assert "after epoch 1" in card.inner_text()
+    assert card.locator("img").count() == 1 and card.locator("img").get_attribute("src") != last
+    card.get_by_role("slider").press("ArrowRight")
+    assert card.locator("img").get_attribute("src") == last
     assert trouble == []
     page.close()
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,16 +13,13 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.pipeline.conftest import SMOKE as OVERRIDES
-from tests.pipeline.conftest import Clone, git_clone
-from tests.pipeline.test_dvc import wait_for_queue
+from tests.support.clones import INSTALLED, VENV, Clone, git_clone, wait_for_queue
+from tests.support.clones import SMOKE as OVERRIDES
 
 # the documents as one text
 WALKED = ROOT / "docs/own-images.md"  # tests/pipeline/test_own_images.py runs that page from top to bottom
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted({*(ROOT / "docs").glob("*.md")} - {WALKED})]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-VENV = Path(sys.executable).parents[1]
-INSTALLED = f"VENV='{VENV}' -o '{VENV}/.run' -o '{VENV}/.dev'"  # make takes this environment for up to date
 
 
 class Verified(NamedTuple):
@@ -142,6 +138,10 @@ def slow_trial(clone: Clone) -> None:
     clone.run("git", "restore", ".")
 
 
+def another_rate(clone: Clone) -> None:
+    clone.dvc("exp", "run", "--temp", "-n", "rate", *OVERRIDES, "-S", "optimizer.lr=1e-3", "prepare_data")
+
+
 def two_are_queued(clone: Clone, printed: str) -> None:
     assert "optimizer=adam" in printed and "optimizer=sgd" in printed
     assert clone.dvc("queue", "status").count("Queued") == 2
@@ -209,7 +209,8 @@ def three_curves(clone: Clone, printed: str) -> None:
 
 
 def two_classes(clone: Clone, printed: str) -> None:
-    assert "| Classes | 3, 8, in turn, guidance scale 2 |" in (clone.folder / "results/evaluate/card.md").read_text()
+    classes = "| Classes | 3, 8; each as often as the others, whatever the data; guidance scale 2 |"
+    assert classes in (clone.folder / "results/evaluate/card.md").read_text()
 
 
 def contains(*parts: str) -> Callable[[Clone, str], None]:
@@ -249,7 +250,7 @@ TINY = (
     "-S evaluate.loss_images=2 -S evaluate.loss_bins=1 -S evaluate.bound_images=0 "
     "-S dataset.test_fraction=0.5 -S dataset.image_size=16 -S runtime.threads=1"
 )
-PLACES = {  # what a person replaces by their own
+PLACES = {  # what the reader replaces by their own
     "<address of this repository>": "{parent}/author",
     "<name>": "HEAD",
     "/some/where": "..",
@@ -285,6 +286,23 @@ VERIFIED = {
         slow=True,
     ),
     "make exps": Verified(INSTALLED, after=contains("Fréchet")),
+    "make exps BY=optimizer.lr": Verified(INSTALLED, before=another_rate, after=contains("dvc_plots/exps.png")),
+    'make verdict REV="main <name>"': Verified(INSTALLED, after=contains("seeds alone")),
+    "make images REV=main": Verified(INSTALLED, after=contains("64 images in images/main")),
+    'make images REV=main ONLY="0 5 10-19" OUT=some': Verified(INSTALLED, after=contains("12 images in some")),
+    "dvc exp run --queue -S 'optimizer.lr=1e-3,2e-3' -S 'train.seed=1,2,3'": Verified(
+        f"{SMOKE} prepare_data", slow=True
+    ),
+    "dvc exp run --queue -S 'diffusion.prediction=v,epsilon' -S 'train.seed=0,1,2,3,4'": Verified(
+        f"{SMOKE} prepare_data", slow=True
+    ),
+    "dvc queue start -j 1": Verified(after=until_done),
+    "make exps BY=diffusion.prediction": Verified(INSTALLED, after=contains("+4", "dvc_plots/exps.png")),
+    "make exps P=1": Verified(INSTALLED, after=contains("p, by")),
+    "make exps RUNS=1": Verified(INSTALLED, after=contains("Fréchet")),
+    "make search": dry_run("python -m tools.search default"),
+    "make search SEARCH=<name>": dry_run("python -m tools.search"),
+    "export OPTUNA_STORAGE=postgresql://me@host/searches": Verified(),
     "make states": Verified(INSTALLED, after=contains("No run is unfinished")),
     "make states CLEAN=1": Verified(INSTALLED, after=contains("No run is unfinished")),
     "dvc metrics show": Verified(after=contains("frechet_distance", "loss")),
@@ -303,6 +321,10 @@ VERIFIED = {
     ),
     "dvc exp run -S 'train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 1}]'": (
         Verified(TRAIN, after=has_param("train", "transforms", [CROP]))
+    ),
+    "dvc exp run -S train.keep=best": Verified(TRAIN, after=has_param("train", "keep", "best")),
+    "dvc exp run -S sample.ema_width=0": Verified(
+        f"{SMOKE} -S train.steps=4 -S train.warmup_steps=0 sample", after=has_param("sample", "ema_width", 0)
     ),
     "cp -r models/ddpm /some/where/base": Verified(),
     "dvc exp run -S train.init_from=/some/where/base": Verified(
@@ -357,7 +379,15 @@ SAID = {
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
+    "python -m benchmarks.distances": "test_benchmarks.py",
     "make states ADOPT=<name>": "../runtime/test_resume.py",
+    "make verdict": "../tools/test_verdict.py",
+    "dvc exp push": "pipeline/test_search.py",
+    "dvc queue start -j 4": "../runtime/test_gpus.py",
+    "make search ADOPT=<worker>": "../tools/test_study.py",
+    'make plots REV="main <name> <other>"': "../tools/test_plots_page.py",
+    "dvc exp pull origin <name>": "pipeline/test_search.py",
+    'pip install "psycopg[binary]"': "pipeline/test_search.py",
     "dvc queue logs <name>": "pipeline/test_dvc.py",
     "wandb login": "test_tracking.py",
     "wandb sync": "test_tracking.py",
@@ -417,8 +447,9 @@ def test_the_commands_in_the_sentences_do_what_they_say(author: Clone) -> None:
 
 @pytest.mark.slow
 def test_the_python_of_the_documents_gives_images(author: Clone) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    block, _ = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)  # the other: tests/test_hub.py
     author.env["OMP_NUM_THREADS"] = "1"  # a thousand steps, each too small to be shared out
+    block = block.replace("batch_size=4", "batch_size=4, num_inference_steps=10")  # the smoke preset has a hundred
     done = author.run("python", "-c", f"{block}\nprint([image.size for image in images])")
     assert done.stdout == f"{[(8, 8)] * 4}\n"
 
@@ -434,5 +465,7 @@ def test_every_preset_is_in_the_table_and_no_other(head):
 def test_every_choice_of_every_group_is_in_the_table_and_no_other():
     rows = table("| group | choices | knobs that matter most |")
     listed = {name: sorted(choices) for group, choices, _ in rows for name in group}
-    folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "experiment"]
+    folders = [
+        path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name not in ("experiment", "search")
+    ]
     assert listed == {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}

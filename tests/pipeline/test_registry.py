@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import Clone, git_clone
+from tests.support.clones import Clone, git_clone
 
 
 @pytest.fixture(scope="module")

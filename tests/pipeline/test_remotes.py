@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import Clone, git_clone
 from tests.pipeline.servers import sshd, swift
+from tests.support.clones import Clone, git_clone
 
 OUTPUTS = ("data/prepared", "models/ddpm", "samples", "results")
 

@@ -38,7 +38,6 @@ OVERRIDES = (
     "sample.batch_size=16",
     "sample.steps=4",
     "sample.grid=16",
-    "evaluate.kid_subset_size=20",
     "evaluate.loss_bins=2",
     "evaluate.loss_images=16",
     "evaluate.nfe_samples=8",
@@ -99,7 +98,7 @@ def probe(*more: str, digits: bool = True) -> dict[str, str]:
 
 def start(folder: Path, code: Path, call: str, *around: str, **variables: str) -> subprocess.Popen[str]:
     """A process in the folder that writes what that call of `probe` finds, with that folder's code, into `found`."""
-    # the interpreter itself, which is told where the virtual environment has its packages
+    # the interpreter itself, with the path of the packages of the virtual environment
     python = [os.path.realpath(sys.executable), "-c"]
     script = f"import json, sys; from tests.robustness.cpus import probe; json.dump({call}, open('found', 'w'))"
     paths = {"PYTHONPATH": os.pathsep.join([str(code), *filter(None, sys.path[1:])])}
@@ -127,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not shutil.which("qemu-x86_64"):
         sys.exit("error: qemu-x86_64 is missing: apt-get install qemu-user")
-    code = Path(tempfile.mkdtemp(prefix="cpus-")) / "clone"  # which nobody edits while the slow runs last
+    code = Path(tempfile.mkdtemp(prefix="cpus-")) / "clone"  # which is not edited during the slow runs
     clone(code)
     here, other = run(None, code), 0
     for cpu in arguments.cpus:

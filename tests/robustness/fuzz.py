@@ -1,10 +1,10 @@
-"""Feed damaged, odd and hostile inputs to what reads a person's files, and odd settings to the samplers: each ends in a
-result or in a told fault.
+"""Feed damaged, odd and hostile inputs to what reads a user's files, and odd settings to the samplers: each ends in a
+result or in a reported fault.
 
     python -m tests.robustness.fuzz --examples 5000
     python -m tests.robustness.fuzz --only images --examples 100000 --seed 7
 
-Told means a `UserError` whose lines a terminal can show; anything else, from a KeyError to a hang, is a bug, and
+Reported means a `UserError` whose lines a terminal can show; anything else, from a KeyError to a hang, is a bug, and
 hypothesis reduces the input that shows it.
 """
 
@@ -41,7 +41,7 @@ from ddpm.core.diffusion import DiffusionConfig, GaussianDiffusion
 from ddpm.data.batches import batches
 from ddpm.data.decode import decode_file
 from ddpm.data.prepare import prepare
-from ddpm.data.prepared import Prepared
+from ddpm.data.prepared import Images, Prepared
 from ddpm.data.transforms import TOLERANCE, Transforms
 from ddpm.errors import UserError
 from ddpm.model_folder import load_model, save_model, training_run
@@ -138,13 +138,13 @@ def mutated(tree: Any, changes: list[tuple[str, list[float], Any]]) -> Any:
 
 
 def outcome(read: Callable[[], object]) -> str:
-    """Whether `read` gave a result, or told what is wrong in lines that can be shown."""
+    """Whether `read` gave a result, or reported what is wrong in lines that can be shown."""
     try:
         read()
     except UserError as fault:
         lines = str(fault).split("\n")
         assert all(line.strip() and line.isprintable() and len(line) < 2500 for line in lines), lines
-        return "told"
+        return "reported"
     return "result"
 
 
@@ -164,7 +164,7 @@ def params() -> dict[str, Any]:
 
 @cache
 def image_corpus() -> list[bytes]:
-    """What Pillow can write, in every format, mode and a few odd sizes, animated where there is such a thing."""
+    """Images in every format and mode that Pillow can write, in a few odd sizes, animated where possible."""
     Image.init()
     rng = np.random.default_rng(0)
     found = [b"", b"not an image", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x10\0\0\0WEBP", b"BM"]
@@ -279,7 +279,7 @@ def pictures() -> list[tuple[str, int, bytes]]:
 
 
 def shortened(case: tuple[float, float, str]) -> str:
-    """Files without their end, or with zeros or an end marker in its place: told, each of them."""
+    """Files without their end, or with zeros or an end marker in its place: each is reported."""
     which, place, tail = case
     kind, start, whole = pictures()[int(which * len(pictures()))]
     at = start + int(place * (len(whole) - start))
@@ -296,7 +296,7 @@ def shortened(case: tuple[float, float, str]) -> str:
     finally:
         shutil.rmtree(folder)
     assert isinstance(result, str) == (tail != "whole"), (kind, len(whole), at)
-    return "told" if isinstance(result, str) else "result"
+    return "reported" if isinstance(result, str) else "result"
 
 
 def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) -> str:
@@ -311,7 +311,7 @@ def images(case: tuple[float, str, list[tuple[str, float, bytes]], int, int]) ->
         shutil.rmtree(folder)
     if isinstance(result, str):
         assert result.strip() and "\n" not in result and len(result) < 1000, result
-        return "told"
+        return "reported"
     assert result.shape == (size, size, channels) and result.dtype == np.uint8
     return "result"
 
@@ -451,7 +451,7 @@ def prepared(changes: dict[str, Any]) -> str:
 
 
 def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
-    """A state is whole, or passed over; `sealed`: with a checksum that is right for the damage."""
+    """A state is read whole, or skipped; `sealed`: with a checksum that fits the damage."""
     changes, sealed, array = case
     folder = scratch()
     try:
@@ -470,7 +470,7 @@ def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
                 return "result"
             loaded = state.load()
             assert loaded is not None  # the one before is whole
-            return "result" if loaded.get("step") == 2 else "told"
+            return "result" if loaded.get("step") == 2 else "reported"
     finally:
         shutil.rmtree(folder)
 
@@ -518,14 +518,14 @@ def transform(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
 def transform_lists(case: tuple[list[dict[str, Any]], int]) -> str:
     """A list that is taken gives uint8 images, or float32 in [0, 1]; any other is refused, in a step if not before."""
     nodes, channels = case
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
+    split = Images(np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8), np.zeros(6, int))
     tree = json.loads(json.dumps(params()))
     tree["train"]["transforms"] = nodes
 
     def read() -> None:
         check(tree)
         Transforms(nodes).probe((channels, 8, 8))
-        for batch, _ in batches(pixels, np.zeros(6, int), batch_size=3, seed=0, steps=range(2), transforms=nodes):
+        for batch, _ in batches(split, batch_size=3, seed=0, steps=range(2), transforms=nodes):
             assert batch.shape == (3, channels, 8, 8)
             assert batch.dtype in (torch.uint8, torch.float32)
             assert batch.dtype == torch.uint8 or -TOLERANCE <= batch.min() <= batch.max() <= 1 + TOLERANCE
@@ -641,7 +641,7 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
 
 
 def fuzz(name: str, examples: int, number: int | None = None) -> Counter[str]:
-    """Try so many inputs, and count how they ended. `number`: a seed; None for the same inputs each time."""
+    """Try that many inputs, and count how they ended. `number`: a seed; None for the same inputs each time."""
     strategy, check_one = CHECKS[name]
     counts: Counter[str] = Counter()
 
@@ -673,7 +673,7 @@ def main() -> None:
         start = time.monotonic()
         counts = fuzz(name, arguments.examples, arguments.seed)
         print(
-            f"{name:15} {counts.total():7} inputs: {counts['result']:7} results, {counts['told']:7} told faults, "
+            f"{name:15} {counts.total():7} inputs: {counts['result']:7} results, {counts['reported']:7} faults, "
             f"{time.monotonic() - start:5.0f} s",
             flush=True,
         )

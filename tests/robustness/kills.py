@@ -1,11 +1,11 @@
-"""Kill the pipeline at random moments, go on, and see whether the end has the bytes of a run that was never touched.
+"""Kill the pipeline at random moments, resume it, and compare the end with the bytes of an undisturbed run.
 
     python -m tests.robustness.kills --seed 1 --kills 100
 
 Each round starts from nothing in a scratch clone, is killed a few times and run again until it is done. What is
 killed is drawn from the seed: the stage, dvc or its whole process group; by SIGKILL, SIGTERM or SIGINT; under
 `dvc repro`, `dvc exp run`, `dvc exp run --temp` or a queue worker; at once run again, or after the dust has settled.
-Only Linux tells what this asks for.
+Needs /proc, so Linux only.
 """
 
 import argparse
@@ -47,7 +47,7 @@ OVERRIDES = (
 )
 Aim = tuple[str, str, str | None]  # target, signal, and the stage to wait for
 CHECKED = ("dvc.lock", "params.yaml", "results")
-GRACE = 15.0  # seconds in which what has lost its parent, or was told to stop, has to be gone
+GRACE = 15.0  # seconds in which what has lost its parent, or was signalled to stop, has to be gone
 PATIENCE = 300.0  # seconds for any one command
 
 
@@ -143,12 +143,12 @@ class Ground:
         else:
             name = names[-1]
             if not self.attempt(name, before, kill=False):
-                raise BrokenPromise("a run that nobody killed has failed")
+                raise BrokenPromise("a run that was not killed has failed")
         self.check(name, before)
         self.tally.rounds[name] += 1
 
     def attempt(self, name: str, before: set[str], kill: bool, aim: Aim | None = None) -> bool:
-        """Start the command, perhaps kill it, wait for its end; say whether the run is complete."""
+        """Start the command, perhaps kill it, wait for its end; return whether the run is complete."""
         command = [*COMMANDS[name], *(self.overrides if name != "repro" else [])]
         with self.log.open("ab") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -232,7 +232,7 @@ class Ground:
             time.sleep(0.02)
         self.tally.longest = max(self.tally.longest, time.monotonic() - started_at)
         if alive:
-            raise BrokenPromise(f"outlived {how} by {GRACE:.0f} s: {[told(process) for process in alive]}")
+            raise BrokenPromise(f"outlived {how} by {GRACE:.0f} s: {[described(process) for process in alive]}")
 
     # The queue
 
@@ -253,7 +253,7 @@ class Ground:
             time.sleep(0.05)
 
     def queue_done(self, before: set[str]) -> bool:
-        """Wait until nobody is at work; say whether an experiment was made."""
+        """Wait until no process is at work; return whether an experiment was made."""
         deadline, quiet = time.monotonic() + PATIENCE, 0
         while time.monotonic() < deadline:
             if self.experiments() - before:
@@ -273,7 +273,7 @@ class Ground:
     # The promise
 
     def check(self, name: str, before: set[str]) -> None:
-        """The bytes are the reference's, nobody is left, and the next command finds no obstacle.
+        """The bytes are the reference's, no process is left, and the next command finds no obstacle.
 
         Raises:
             BrokenPromise: one of these is not so.
@@ -299,7 +299,7 @@ class Ground:
             for commit in new:
                 self.same("reference", commit)
         if left := self.leftovers():
-            raise BrokenPromise(f"still running: {[told(process) for process in left]}")
+            raise BrokenPromise(f"still running: {[described(process) for process in left]}")
         if states := list((self.folder / ".state").glob("*")):
             raise BrokenPromise(f"states outlived the run: {states}")
 
@@ -350,7 +350,7 @@ def stage_name(process: psutil.Process) -> str | None:
     return words[-1].removeprefix("stages.")
 
 
-def told(process: psutil.Process) -> str:
+def described(process: psutil.Process) -> str:
     return f"{process.pid} {' '.join(command_line(process))}"
 
 
@@ -372,7 +372,7 @@ def main() -> None:
     if sys.platform != "linux":
         sys.exit("error: needs Linux's /proc")
     folder = Path(tempfile.mkdtemp(prefix="kills-")) / "clone"
-    print(f"in {folder}: first a run that nobody touches", flush=True)
+    print(f"in {folder}: first an undisturbed run", flush=True)
     clone(folder)
     start, env = time.monotonic(), environment(folder)
     run(folder, env, "dvc", "exp", "run", *(part for setting in OVERRIDES for part in ("-S", setting)))

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """What a person's shell has, less all that would reach another run; DVC's own files go beside `folder`."""
+    """The environment of a user's shell, without what would reach another run; DVC's own files go beside `folder`."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "WANDB", "GIT_", "COV"))}
     who = {f"GIT_{role}_{what}": "test" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     paths = {
@@ -34,7 +34,7 @@ def run(folder: Path, env: dict[str, str], *command: str, check: bool = True) ->
 
 
 def clone(folder: Path) -> None:
-    """HEAD, as a new repository on the branch `main`; a word on the terminal where the working tree differs."""
+    """HEAD, as a new repository on the branch `main`; a note on the terminal where the working tree differs."""
     # (with its history: from a temporary workspace of a shallow clone dvc brings no experiment back)
     subprocess.run(["git", "clone", "-q", "--no-local", str(ROOT), str(folder)], check=True)
     subprocess.run(["git", "switch", "-q", "-C", "main"], cwd=folder, check=True)

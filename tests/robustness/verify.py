@@ -1,12 +1,12 @@
-"""Run the whole pipeline again in a scratch clone of HEAD, and say for each stage whether its bytes are the committed.
+"""Run the whole pipeline again in a scratch clone of HEAD, and compare the bytes of each stage with dvc.lock.
 
     python -m tests.robustness.verify                             # as dvc.lock says
     python -m tests.robustness.verify --threads 1 2 4 --workers 0 1 3
     python -m tests.robustness.verify --smoke --threads 1 --workers 3
 
---threads n: the libraries are told n threads from outside, and no more than n cores are given (the number of threads
+--threads n: the environment asks the libraries for n threads, and no more than n cores are given (the number of threads
 that counts is the parameter runtime.threads). --workers n: the parameter train.workers; training.json, which
-tells the parameters, is then left out of the comparison. --smoke: the smoke preset, compared with a first run of it.
+holds the parameters, is then left out of the comparison. --smoke: the smoke preset, compared with a first run of it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from tests.robustness.scratch import clone, environment, run
 
-TOLD = "models/ddpm/training.json"
+PROVENANCE = "models/ddpm/training.json"
 LIBRARIES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -32,20 +32,20 @@ def lock(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def contents(folder: Path) -> dict[str, dict[str, str]]:
-    """stage -> file -> its hash, by what lies there, less what tells the parameters."""
+    """stage -> file -> its hash, of the files that are there, without the file that holds the parameters."""
     return {
         name: {
             file.relative_to(folder).as_posix(): hashlib.md5(file.read_bytes()).hexdigest()
             for out in map(folder.joinpath, outs)
             for file in (sorted(out.rglob("*")) if out.is_dir() else [out])
-            if file.is_file() and file != folder / TOLD
+            if file.is_file() and file != folder / PROVENANCE
         }
         for name, outs in lock(folder).items()
     }
 
 
 def rerun(folder: Path, env: dict[str, str], threads: int | None = None, workers: int | None = None) -> None:
-    """`dvc repro -f` in the clone, under the conditions that are asked for."""
+    """`dvc repro -f` in the clone, under these conditions."""
     around: list[str] = []
     if threads is not None:
         env = env | dict.fromkeys(LIBRARIES, str(threads))
@@ -58,8 +58,8 @@ def rerun(folder: Path, env: dict[str, str], threads: int | None = None, workers
     run(folder, env, *around, "dvc", "repro", "-f")
 
 
-def told(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) -> list[str]:
-    """A line a stage, of which those with other bytes start with "OTHER"."""
+def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) -> list[str]:
+    """One line per stage; that of a stage with other bytes starts with "OTHER"."""
     lines = []
     for stage, outs in before.items():
         different = [path for path, content in outs.items() if after[stage].get(path) != content]
@@ -91,7 +91,7 @@ def main() -> None:
     if not arguments.smoke:
         before = lock(folder)
         rerun(folder, env)
-        report("dvc repro -f:", told(before, lock(folder)))
+        report("dvc repro -f:", differences(before, lock(folder)))
         if difference := run(folder, env, "git", "diff", "--stat", "--", "dvc.lock", "results"):
             print(f"  git diff:\n{difference}", end="")
             other += 1
@@ -99,10 +99,10 @@ def main() -> None:
     for threads in arguments.threads:
         rerun(folder, env, threads=threads)
         report(f"with {threads} threads on {min(threads, len(os.sched_getaffinity(0)))} cores:",
-               told(recorded, lock(folder)))  # fmt: skip
+               differences(recorded, lock(folder)))  # fmt: skip
     for workers in arguments.workers:
         rerun(folder, env, workers=workers)
-        report(f"with {workers} loader workers:", told(made, contents(folder)))
+        report(f"with {workers} loader workers:", differences(made, contents(folder)))
     shutil.rmtree(folder.parent)
     sys.exit(f"error: {other} differences" if other else 0)
 

@@ -28,7 +28,7 @@ def test_results_are_in_the_order_of_the_files_on_any_cores(tmp_path: Path, monk
 
 
 @pytest.mark.process
-def test_a_file_that_cannot_be_read_is_told_with_its_name(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported_by_name(tmp_path: Path) -> None:
     gone = tmp_path / "gone.png"
     with pytest.raises(UserError, match=f"{gone}: No such file"):
         list(in_parallel(digest_file, [str(gone)], 4, "test"))
@@ -39,7 +39,7 @@ def _kill_self(path: str) -> None:
 
 
 @pytest.mark.process
-def test_a_killed_process_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_killed_process_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was killed, most likely because memory ran out"):
         list(in_parallel(_kill_self, [str(tmp_path)], 1, "test"))
 

@@ -29,7 +29,7 @@ def lines_of(capsys):
     return err.splitlines()
 
 
-def test_without_a_terminal_whole_lines_tell_rate_and_time_left(monkeypatch, capsys):
+def test_without_a_terminal_whole_lines_show_rate_and_time_left(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with Progress(4000, "train", "img", 1000) as bar:
         for step in range(3):
@@ -43,7 +43,7 @@ def test_without_a_terminal_whole_lines_tell_rate_and_time_left(monkeypatch, cap
     assert last.endswith(", 00:00 left, loss=0.5, step=2")
 
 
-def test_no_line_is_told_twice_and_none_is_empty(monkeypatch, capsys):
+def test_no_line_is_printed_twice_and_none_is_empty(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with Progress(3, "x", "it") as bar:
         for _ in range(3):
@@ -60,12 +60,12 @@ def test_between_two_lines_nothing_is_written(capsys):
     with Progress(10_000, "x", "it") as bar:
         for _ in range(10_000):
             bar.update(1)
-    (line,) = lines_of(capsys)  # ten seconds have not passed: only the end is told
+    (line,) = lines_of(capsys)  # ten seconds have not passed: only the end is printed
     assert line.startswith("x: 10.0k/10.0k it")
 
 
 @pytest.mark.parametrize("start", [0, 5])
-def test_work_that_does_not_move_tells_nothing(capsys, start):
+def test_work_that_does_not_move_prints_nothing(capsys, start):
     with Progress(5, "x", "it", start):
         pass
     assert lines_of(capsys) == []

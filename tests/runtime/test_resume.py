@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import tools.states
 from ddpm.errors import UserError
 from ddpm.runtime import imports, resume, workspace
 from ddpm.runtime.progress import Progress
@@ -97,7 +98,7 @@ def test_a_state_is_copied_at_once_and_written_in_the_background(state, monkeypa
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (gate.wait(30), fsync(file)))
     state.save({"weights": weights})
-    weights += 1  # the training goes on
+    weights += 1  # the training continues
     assert not newest(state).exists()
     gate.set()
     assert torch.equal(state.load()["weights"], torch.zeros(3))
@@ -154,17 +155,17 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage
     assert state.load() == {"step": 2}
     newest(state).write_bytes(damage(newest(state).read_bytes()))
     assert state.load() == {"step": 1}
-    assert capsys.readouterr() == ("", f"{newest(state)}: damaged, passed over\n")
+    assert capsys.readouterr() == ("", f"{newest(state)}: damaged, skipped\n")
 
 
 @DAMAGES
-def test_where_both_are_damaged_the_run_starts_anew(state, damage, capsys):
+def test_where_both_are_damaged_the_run_starts_over(state, damage, capsys):
     for step in (1, 2):
         save(state, {"step": step})
     for file in state.folder.glob("*.pt"):
         file.write_bytes(damage(file.read_bytes()))
     assert state.load() is None
-    assert capsys.readouterr().err.count("damaged, passed over\n") == 2
+    assert capsys.readouterr().err.count("damaged, skipped\n") == 2
 
 
 def test_a_save_after_a_damaged_one_is_loaded(state):
@@ -228,7 +229,7 @@ def test_code_in_a_state_with_a_right_checksum_is_not_run(state, tmp_path, capsy
     data = pickle.dumps({"step": Code(str(tmp_path / "made"))}, protocol=2)
     newest(state).write_bytes(hashlib.sha256(data).digest() + data)
     assert state.load() == {"step": 1}
-    assert capsys.readouterr().err == f"{newest(state)}: damaged, passed over\n"
+    assert capsys.readouterr().err == f"{newest(state)}: damaged, skipped\n"
     torch.save({"step": Code(str(tmp_path / "made"))}, tmp_path / "evil")
     data = (tmp_path / "evil").read_bytes()
     newest(state).write_bytes(hashlib.sha256(data).digest() + data)
@@ -268,8 +269,8 @@ def test_a_process_waits_for_one_that_is_still_saving(tmp_path, monkeypatch, end
             monkeypatch.setattr(workspace, "PATIENCE", 0.2)
             with pytest.raises(UserError), ResumeState(folder):
                 pass
-    told = f"{folder}: another process is at work on this very run; waiting for its end\n"
-    assert capfd.readouterr().err == told * 2
+    expected = f"{folder}: another process is at work on this very run; waiting for its end\n"
+    assert capfd.readouterr().err == expected * 2
 
 
 def test_remove_deletes_the_folder(state):
@@ -296,20 +297,19 @@ def test_the_oldest_unfinished_runs_make_room_for_a_new_one(tmp_path, capsys):
         fcntl.flock(at_work, fcntl.LOCK_EX)
         with ResumeState(tmp_path / "train-new") as new:
             assert states(tmp_path) == [other, runs[0], *runs[3:], new.folder]
-    told = [f"{run}: removed, the oldest of more than {MAX_UNFINISHED_RUNS} unfinished runs" for run in runs[1:3]]
-    assert capsys.readouterr().err.splitlines() == told
+    expected = [f"{run}: removed, the oldest of more than {MAX_UNFINISHED_RUNS} unfinished runs" for run in runs[1:3]]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("option", [[], ["--clean"]])
-def test_states_are_listed_and_cleaned_by_one_command(tmp_path, option):
+def test_states_are_listed_and_cleaned_by_one_command(tmp_path, monkeypatch, capsys, option):
     at_work, *runs = unfinished(tmp_path / ".state", ["train-a1", "train-b2", "sample-c3", "evaluate-d4.done"])
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["states", *option])
     with (at_work / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        command = ["-m", "tools.states", *option]
-        env = os.environ | {"DVC_ROOT": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        with python(*command, cwd=tmp_path, env=env) as process:
-            printed = process.communicate(timeout=60)[0]
+        tools.states.main()
+    printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if re.search(r"\d\.\d", line)]
     word = ["deleted"] if option else []
     hours = [row.pop(2) for row in rows]
@@ -428,7 +428,7 @@ def test_a_damaged_part_is_named_and_computed_again(state, damage, capsys):
     path = state.folder / "part.npy"
     path.write_bytes(damage(path.read_bytes()))
     assert state.kept("part", lambda: np.arange(100) * 2)[1] == 2
-    assert capsys.readouterr().err == f"{path}: damaged, passed over\n"
+    assert capsys.readouterr().err == f"{path}: damaged, skipped\n"
     assert state.kept("part", lambda: np.arange(100) * 3)[1] == 2
 
 

@@ -1,3 +1,6 @@
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -6,12 +9,12 @@ from ddpm.errors import UserError
 from ddpm.runtime.resume import fingerprint
 from ddpm.runtime.run import open_run
 
-FACTS = ({"seed": 0}, "hash of the data")
+INPUTS = {"data": "hash of the data"}
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """A folder of its own; torch's switches come back."""
+    """A folder of its own; torch's switches are restored."""
     threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))
     monkeypatch.chdir(tmp_path)
@@ -20,25 +23,28 @@ def place(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(exact)
 
 
-def opened(device="cpu", stage="train", facts=FACTS, **options):
+def opened(device="cpu", stage="train", inputs=INPUTS, **options):
     runtime = Runtime(device=device, reproducible=True, threads=1, launcher="none", processes=None)
     tracking = Tracking(wandb="disabled", project="ddpm")
-    return open_run(stage, runtime, tracking, facts, {}, memory_advice="lower train.batch_size", **options)
+    params = SimpleNamespace(runtime=runtime, tracking=tracking)
+    return open_run(stage, params, inputs, memory_advice="lower train.batch_size", **options)
 
 
 def states(place):
     return [path.name for path in (place / "main/.state").glob("*")]
 
 
-def test_a_run_is_named_by_its_facts(place):
+def test_parameters_and_inputs_name_a_run_and_are_its_provenance(place):
     with opened() as run:
-        assert run.name == fingerprint(*FACTS)
+        config = run.provenance["params"]
+        assert config["runtime"]["threads"] == 1 and config["tracking"]["project"] == "ddpm"
+        assert run.provenance == {"run": fingerprint(config, INPUTS), "params": config} | INPUTS
         assert run.device == torch.device("cpu")
         assert run.state.folder.parent == place / "main/.state"
-        assert run.state.folder.name.startswith(f"train-{run.name}-")
+        assert run.state.folder.name.startswith(f"train-{run.provenance['run']}-")
         assert run.tracker.stage == "train"
-    with opened(facts=({"seed": 1},)) as other:
-        assert other.name != run.name
+    with opened(inputs={"data": "another hash"}) as other:
+        assert other.provenance["run"] != run.provenance["run"]
 
 
 def test_a_run_that_ends_well_leaves_no_state(place):
@@ -82,14 +88,14 @@ def test_a_run_that_is_held_elsewhere_touches_no_records(place, monkeypatch):
         assert (place / "results/metrics.json").read_text() == "{}"
 
 
-def test_curves_are_recorded_where_a_folder_is_named(place):
+def test_curves_and_last_values_are_written_where_a_folder_is_named(place):
     with opened(stage="sample") as run:
         run.tracker.log(1, {"loss": 0.5})
     assert not (place / "results").exists()
     with opened(curves=place / "results") as run:
         run.tracker.log(1, {"loss": 0.5})
-        run.tracker.finish()
     assert (place / "results/plots/metrics/loss.tsv").exists()
+    assert json.loads((place / "results/metrics.json").read_text())["loss"] == 0.5
 
 
 def test_an_input_that_was_changed_ends_the_run_and_its_state(place):

@@ -52,7 +52,7 @@ def run(folder, body, **runtime_changes):
     return subprocess.run([sys.executable, "stage.py"], timeout=PATIENCE, **prepare(folder, body, **runtime_changes))
 
 
-def test_a_user_error_is_told_line_by_line_without_a_traceback(tmp_path):
+def test_a_user_error_is_printed_line_by_line_without_a_traceback(tmp_path):
     done = run(tmp_path, "raise UserError('one: wrong\\ntwo: wrong')")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: one: wrong\nerror: two: wrong\n")
 
@@ -64,7 +64,7 @@ def test_a_bug_keeps_its_traceback(tmp_path):
     assert "a bug" in done.stderr
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
     done = run(tmp_path, "os.write(os.open('/dev/full', os.O_WRONLY), b'x')")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: a file: No space left on device\n"
@@ -122,15 +122,15 @@ def test_an_impatient_second_signal_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "told"), [("return", 0, ""), ("raise Interrupted(15)", 143, "stopped by SIGTERM")]
+    ("end", "code", "printed"), [("return", 0, ""), ("raise Interrupted(15)", 143, "stopped by SIGTERM")]
 )
-def test_a_signal_at_the_very_end_changes_nothing(tmp_path, end, code, told):
+def test_a_signal_at_the_very_end_changes_nothing(tmp_path, end, code, printed):
     again = "os.kill(os.getpid(), signal.SIGTERM); sum(range(9999))"
     body = (
         f"import atexit; from ddpm.runtime.signals import Interrupted; atexit.register(lambda: exec({again!r})); {end}"
     )
     done = run(tmp_path, body)
-    assert (done.returncode, done.stderr.partition(";")[0]) == (code, told)
+    assert (done.returncode, done.stderr.partition(";")[0]) == (code, printed)
     assert "Traceback" not in done.stderr
 
 
@@ -149,7 +149,7 @@ def test_a_stage_dies_with_its_parent(tmp_path, platform):
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 @pytest.mark.parametrize("name", ["exec-run", "repro"])
 def test_a_queued_stage_stops_when_the_worker_is_killed(tmp_path, name):
-    """dvc exp queue-worker starts dvc exp exec-run, which starts the stage; nobody would collect what it makes."""
+    """dvc exp queue-worker starts dvc exp exec-run, which starts the stage; its outputs would not be collected."""
     inner = f"'{sys.executable}' stage.py; true"
     worker = ["sh", "-c", f'sh -c "{inner}" {name}; true']
     body = "print('ready', flush=True); time.sleep(3)"
@@ -217,18 +217,18 @@ def everything_in(folder):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "printed"),
     [
         ("  batch_size:", "  bacth_size:", "train.bacth_size = "),
-        ("  lr: 0.002", "  lr: abc", "optimizer.lr = 'abc': should be a valid number"),
+        ("  lr: 0.008", "  lr: abc", "optimizer.lr = 'abc': should be a valid number"),
         (
-            "torch.optim.Adam\n",
+            "ddpm.training.muon.Muon\n",
             "os.system\n",
             "optimizer._target_ = 'os.system': unknown; allowed are the classes torch",
         ),
     ],
 )
-def test_wrong_parameters_stop_a_training_within_two_seconds(tmp_path, old, new, told):
+def test_wrong_parameters_stop_a_training_within_two_seconds(tmp_path, old, new, printed):
     for name in ("data/prepared/dataset.json", "models/ddpm/model_index.json", "results/train/metrics.json"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}")
@@ -250,7 +250,7 @@ def test_wrong_parameters_stop_a_training_within_two_seconds(tmp_path, old, new,
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 2
     assert (done.returncode, done.stdout) == (1, "")
-    assert any(line.startswith(f"error: params.yaml: {told}") for line in done.stderr.splitlines())
+    assert any(line.startswith(f"error: params.yaml: {printed}") for line in done.stderr.splitlines())
     assert all(line.startswith("error: params.yaml: ") for line in done.stderr.splitlines())
     assert everything_in(tmp_path) == before
 
@@ -276,7 +276,7 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "printed"),
     [
         (UserError("a: b\nc: d"), 1, "error: a: b\nerror: c: d\n"),
         (OSError(errno.ENOSPC, "full", "models/x"), 1, "error: models/x: No space left on device\n"),
@@ -288,11 +288,11 @@ def raising(error):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_every_expected_end_has_its_code_and_its_line(quiet_process, capsys, error, code, told):
+def test_every_expected_end_has_its_code_and_its_line(quiet_process, capsys, error, code, printed):
     with pytest.raises(SystemExit) as end:
         run_stage(raising(error), ("runtime",))
     assert end.value.code == code
-    assert capsys.readouterr() == ("", told)
+    assert capsys.readouterr() == ("", printed)
 
 
 def test_a_stage_sees_its_sections_alone_and_returns(quiet_process):

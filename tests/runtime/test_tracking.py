@@ -12,11 +12,11 @@ import pytest
 import wandb
 from omegaconf import OmegaConf
 from PIL import Image
-from wandb.proto import wandb_internal_pb2
 
 from ddpm.config.schema import Tracking
 from ddpm.runtime.tracking import Tracker
 from tests.conftest import ROOT, composed
+from tests.support.wandb_log import records, values
 
 pytestmark = pytest.mark.process
 
@@ -39,25 +39,6 @@ def own_environment(tmp_path, monkeypatch):
     yield
     os.environ.clear()
     os.environ.update(before)
-
-
-def records(path):
-    """The records of a W&B log: LevelDB's format, after a header of seven bytes."""
-    data, position, text = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        if (room := 32768 - position % 32768) < 7:
-            position += room  # no header begins in the last bytes of a block
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        text += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(text)
-            text = b""
-
-
-def values(items):
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +222,7 @@ def test_a_run_that_cannot_be_online_is_recorded_offline(started, monkeypatch, c
 
 
 class Answers(BaseHTTPRequestHandler):
-    """W&B's server, as far as it says who has a key."""
+    """A stand-in for W&B's server, which only answers who has a key."""
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -261,7 +242,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @contextmanager
 def server(code, answer):
-    """The address of one that gives every question this answer."""
+    """The address of a server that gives this answer to every request."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as answering:
         answering.code, answering.answer, answering.asked = code, answer, 0
         Thread(target=answering.serve_forever, daemon=True).start()
@@ -291,8 +272,9 @@ def test_what_was_recorded_offline_is_what_wandb_sync_would_send(offline):
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path, refused):
     code = (
-        "from ddpm.config.schema import Tracking; from ddpm.runtime.tracking import Tracker\n"
-        "with Tracker(None, Tracking(wandb='auto', project='x'), {'a': 1}, 'abc', 'train') as tracker:\n"
+        "from ddpm.config.schema import Tracking; from ddpm.runtime import tracking\n"
+        "tracking.PATIENCE['online'] = 5\n"
+        "with tracking.Tracker(None, Tracking(wandb='auto', project='x'), {'a': 1}, 'abc', 'train') as tracker:\n"
         "    tracker.log(1, {'loss': 0.5})\n"
     )
     errors = {"errors": [{"message": "user is not logged in"}]}
@@ -325,7 +307,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(started, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_the_end_of_a_run_is_told_with_its_outcome(started, error):
+def test_the_end_of_a_run_is_recorded_with_its_outcome(started, error):
     try:
         with Tracker(None, AUTO, CONFIG, "abc123", "train"):
             if error:
@@ -381,7 +363,7 @@ def test_a_broken_netrc_means_that_there_is_no_key(started):
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
-def test_a_resumed_stage_goes_on_in_the_same_run(started, mode, tmp_path):
+def test_a_resumed_stage_continues_the_same_run(started, mode, tmp_path):
     os.environ |= {"WANDB_MODE": mode, "DVC_EXP_NAME": "brave-one", "WANDB_API_KEY": KEY}
     track(None)
     (options,) = started
@@ -427,7 +409,7 @@ def test_the_summary_holds_the_last_values():
     assert before is None or json.loads(before) != metrics | {"step": step}
 
 
-def test_a_picture_is_kept_where_it_is_asked_for_and_nowhere_else(started):
+def test_a_picture_is_kept_only_where_a_folder_is_given(started):
     with Tracker("results", AUTO, CONFIG, "abc123", "train") as tracker:
         tracker.log_picture(3, "samples_epoch_00001", PICTURE, Path("kept/here"))
         tracker.log_picture(0, "noise", PICTURE)

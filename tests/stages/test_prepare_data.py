@@ -53,8 +53,8 @@ def test_the_stage_writes_the_prepared_data_and_one_line(
     monkeypatch.chdir(tmp_path)
     write_params(tmp_path)
     prepare_data.main(SimpleNamespace(dataset=Dataset(**DIGITS)))
-    told = capsys.readouterr().out
-    assert told == "digits: 20 train and 20 test images of 8x8x1, 10 classes, in data/prepared\n"
+    printed = capsys.readouterr().out
+    assert printed == "digits: 20 train and 20 test images of 8x8x1, 10 classes, in data/prepared\n"
     assert np.load("data/prepared/train/images.npy").shape == (20, 8, 8, 1)
     assert names(Path("data/prepared")) == ["dataset.json", "test", "train"]
     assert names(Path("data")) == ["prepared"]
@@ -69,7 +69,7 @@ def test_importing_the_stage_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment(), cwd=ROOT)
 
 
-def test_a_wrong_parameter_is_told_in_two_seconds(tmp_path: Path) -> None:
+def test_a_wrong_parameter_is_reported_in_two_seconds(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("dataset:\n  name: digitz\n")
     start = time.monotonic()
     done = subprocess.run(
@@ -80,7 +80,7 @@ def test_a_wrong_parameter_is_told_in_two_seconds(tmp_path: Path) -> None:
     assert names(tmp_path) == ["params.yaml"]
 
 
-def test_a_fault_is_told_without_a_traceback(tmp_path: Path) -> None:
+def test_a_fault_is_reported_without_a_traceback(tmp_path: Path) -> None:
     write_params(tmp_path, name="folder", path="raw", on_broken="stop", max_megapixels=179)
     done = subprocess.run(PROGRAM, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
@@ -98,10 +98,10 @@ EPOCH = ("train.steps=null", "train.epochs=1")
         (("train.transforms=[{_target_: torchvision.transforms.v2.ConvertImageDtype, dtype: torch.float64}]",),
          ["train.transforms: gives images of float64"]),
         (("model.class_conditional=true", "sample.classes=[3, x]", *EPOCH, "train.warmup_steps=2"),
-         ["train.warmup_steps = 2: longer than the training", "sample.classes = [3, 'x']: 'x' is no class of"]),
+         ["train.warmup_steps = 2: longer than the training", "sample.classes = [3, 'x']: 'x' is not a class of"]),
         (("train.steps=99",), ["train.warmup_steps = 100: longer than the training"]),
-        (("train.init_from=nowhere", "evaluate=inception", "evaluate.inception_weights=none.pth"),
-         ["evaluate.inception_weights = 'none.pth': there is no such file", "train.init_from = 'nowhere': there"]),
+        (("train.init_from=nowhere", "evaluate=inception", "evaluate.weights=none.pth"),
+         ["evaluate.weights = 'none.pth': there is no such file", "train.init_from = 'nowhere': there"]),
     ],
 )  # fmt: skip
 def test_faults_of_later_stages_are_reported_by_the_first(
@@ -112,8 +112,8 @@ def test_faults_of_later_stages_are_reported_by_the_first(
     (tmp_path / "data/prepared/old").touch()
     done = subprocess.run(PROGRAM, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    told = done.stderr.splitlines()
-    for line, start in zip(told, lines, strict=True):
+    printed = done.stderr.splitlines()
+    for line, start in zip(printed, lines, strict=True):
         assert line.startswith(f"error: params.yaml: {start}")
     assert names(tmp_path / "data") == ["prepared"]
     assert names(tmp_path / "data/prepared") == ["old"]

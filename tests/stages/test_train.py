@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from stages import prepare_data
 from tests.conftest import ROOT, composed
-from tests.stages.test_pipeline import run
+from tests.support.stages import run
 
 pytestmark = pytest.mark.process
 FLIP = "{_target_: torchvision.transforms.v2.RandomHorizontalFlip}"
@@ -33,7 +33,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def started(folder: Path, transform: str) -> subprocess.Popen[str]:
     """The stage with two workers, in a process group of its own, as a terminal starts it; it trains for minutes."""
-    tree = composed("+experiment=smoke", "train.steps=20000", "train.workers=2", f"train.transforms=[{transform}]")
+    settings = ("+experiment=smoke", "runtime.threads=1", "train.steps=20000", "train.workers=2")
+    tree = composed(*settings, f"train.transforms=[{transform}]")
     (folder / "params.yaml").write_text(OmegaConf.to_yaml(tree))
     return subprocess.Popen(
         [sys.executable, "-m", "stages.train"],

@@ -1,0 +1,131 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from ddpm.evaluation import blocks, pairs
+from ddpm.evaluation.pairs import compare, real_pairs
+from tests.evaluation.known import assert_covers, gaussian, pixels
+
+
+def measure(samples, real, neighbours=3, seed=0):
+    return compare(samples, real_pairs(real, neighbours), neighbours, seed)
+
+
+def digits():
+    return np.rint(load_digits().images * 255 / 16).astype(np.uint8).reshape(-1, 64)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("counts", [(300, 300), (60, 1700)])
+def test_kid_precision_and_recall_are_those_of_torch_fidelity(counts, dtype):
+    rng = np.random.default_rng(0)
+    a, b = (rng.permutation(digits())[:n] for n in counts)
+    a, b = (a // 2 + rng.integers(0, 17, a.shape, dtype=np.uint8)).astype(dtype), b.astype(dtype)
+    x, y = (torch.from_numpy(features.astype(np.float64) / (255 if dtype == np.uint8 else 1)) for features in (a, b))
+    found = measure(a, b)
+    if counts[0] == counts[1]:  # a single subset of all images: torch-fidelity takes as many of both
+        kid = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=len(a), verbose=False)
+        assert found["kid"].value == pytest.approx(kid[KEY_METRIC_KID_MEAN], rel=1e-9, abs=1e-12)
+    peer = prc_features_to_metric(x, y, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
+    assert found["precision"].value == pytest.approx(peer[KEY_METRIC_PRECISION], abs=2e-3)
+    assert found["recall"].value == pytest.approx(peer[KEY_METRIC_RECALL], abs=2e-3)
+
+
+def test_density_and_coverage_are_those_of_their_formulas():
+    """Naeem et al. 2020, eq. 3 and 4."""
+    samples, real = gaussian(70, mean=0.3), gaussian(90, seed=1)
+    apart = np.linalg.norm(real[:, None] - real, axis=2)
+    inside = np.linalg.norm(samples[:, None] - real, axis=2) <= np.sort(apart, axis=1)[:, 5]
+    found = measure(samples, real, neighbours=5)
+    assert found["density"].value == pytest.approx(inside.sum() / (5 * 70))
+    assert found["coverage"].value == pytest.approx(inside.any(axis=0).mean())
+
+
+def test_samples_of_one_mode_have_precision_but_no_recall():
+    real = np.concatenate([gaussian(200, mean=m, std=0.1, seed=m) for m in range(5)])
+    found = measure(gaussian(500, std=0.1, seed=9), real)
+    assert found["precision"].value > 0.8
+    assert found["recall"].value < 0.3
+    assert found["coverage"].value < 0.3
+    assert found["kid"].value > 10 * found["kid"].error
+
+
+def test_an_outlier_among_real_images_moves_precision_not_density():
+    real = np.concatenate([gaussian(300, std=0.1), np.full((1, 8), 30.0)])
+    found = measure(gaussian(300, mean=2.0, std=0.1, seed=1), real)
+    assert found["precision"].value == 1
+    assert found["density"].value < 0.5
+
+
+ATOMS, REAL = gaussian(40, mean=0.6, std=1.2, dim=3, seed=1), gaussian(80, dim=3, seed=2)
+
+
+def drawn(seed, n=200):
+    """Samples of a sampler that is known: it draws these points, all as often."""
+    return ATOMS[np.random.default_rng(seed).integers(0, len(ATOMS), n)]
+
+
+def test_kid_precision_and_density_hold_what_is_known_of_the_sampler():
+    truth = measure(ATOMS, REAL)  # of every point that it may draw: precision and density are means over samples
+    found = [measure(drawn(seed), REAL) for seed in range(60)]
+    for name in ("precision", "density"):
+        assert_covers(lambda seed, name=name: found[seed][name], truth[name].value, times=60)
+    kernel = lambda a, b: (a @ b.T / 3 + 1) ** 3  # noqa: E731
+    own = kernel(REAL, REAL)
+    expected = (own.sum() - np.trace(own)) / 80 / 79 + kernel(ATOMS, ATOMS).mean() - 2 * kernel(ATOMS, REAL).mean()
+    assert_covers(lambda seed: found[seed]["kid"], expected, times=60)
+
+
+@pytest.mark.parametrize("name", ["recall", "coverage"])
+def test_recall_and_coverage_have_the_error_of_another_draw(name):
+    around = real_pairs(gaussian(150, dim=4), 3)
+    samples = lambda seed: gaussian(120, mean=0.2, std=0.8, dim=4, seed=100 + seed)  # noqa: E731
+    assert_covers(lambda seed: compare(samples(seed), around, 3, seed)[name], None, times=60, widest=1.6)
+
+
+def test_everything_follows_from_the_seed():
+    a, b = gaussian(60), gaussian(100, mean=0.3, seed=1)
+    assert measure(a, b) == measure(a, b)
+    other = measure(a, b, seed=1)
+    assert {name for name, found in measure(a, b).items() if found != other[name]} == {"recall", "coverage"}
+    assert {name for name, found in measure(a, b).items() if found.value != other[name].value} == set()
+
+
+@pytest.mark.parametrize("counts", [(i, j) for i in (1, 2, 3, 4, 5) for j in (1, 2, 4, 5)])
+def test_of_few_images_each_measure_is_a_number_or_not_defined(counts):
+    n, m = counts
+    for k in (1, 3, 50):
+        found = measure(pixels(n), pixels(m, seed=1), neighbours=k)
+        assert math.isnan(found["kid"].value) == (min(n, m) < 2)
+        for name in ("precision", "density", "coverage"):
+            assert math.isnan(found[name].value) == (m <= k)
+        assert math.isnan(found["recall"].value) == (n <= k)
+
+
+def test_the_same_images_have_precision_and_recall_1():
+    a = gaussian(300)
+    found = measure(a, a)
+    assert (found["precision"].value, found["recall"].value, found["coverage"].value) == (1, 1, 1)
+
+
+def test_neighbours_beyond_those_kept_are_not_needed(monkeypatch):
+    a, b = gaussian(200), gaussian(150, seed=1)
+    expected = measure(a, b)
+    monkeypatch.setattr(pairs, "SPARE", 1000)
+    assert measure(a, b) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_no_measure_depends_on_the_size_of_a_block(monkeypatch, dtype):
+    a, b = (digits()[rows].astype(dtype) for rows in (slice(0, 90), slice(90, 250)))
+    expected = measure(a, b)
+    for block in (1, 1000, 20_000):
+        monkeypatch.setattr(blocks, "BLOCK", block)
+        monkeypatch.setattr(blocks, "PAIRS", block)
+        for name, found in measure(a, b).items():
+            assert found == pytest.approx(expected[name], rel=1e-6, abs=1e-12), name

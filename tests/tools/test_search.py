@@ -1,0 +1,221 @@
+"""A search: what is refused, who runs what, and what survives a kill. A run is a fraction of a second here."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.support.search import SEARCH
+from tools.common.searches import Search
+from tools.common.study import Study, open_storage
+
+
+class Clone:
+    """A repository in which a search can run, with the stand-in for dvc."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        programs = folder.parent / "bin"
+        programs.mkdir(exist_ok=True)
+        (programs / "dvc").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/tools/fake_dvc.py" "$@"\n')
+        (programs / "dvc").chmod(0o755)
+        author = {f"GIT_{who}_{what}": "t@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        self.runs = folder.parent / "runs"
+        self.runs.touch()
+        self.env = {**os.environ, **author, "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        self.env |= {"PYTHONPATH": str(ROOT), "RUNS": str(self.runs), "PACE": "0.1"}
+
+    def make(self) -> "Clone":
+        shutil.copytree(ROOT / "conf", self.folder / "conf")
+        (self.folder / ".gitignore").write_text("/.search/\n/.dvc/\n")
+        self.git("init", "-q", "-b", "main")
+        self.ask()
+        self.git("add", "-A")
+        self.git("commit", "-qm", "all")
+        return self
+
+    def git(self, *arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=self.folder, env=self.env, capture_output=True, text=True, check=True
+        ).stdout
+
+    def ask(self, **changes: object) -> None:
+        (self.folder / "conf/search/default.yaml").write_text(yaml.safe_dump(SEARCH | changes))
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tools.search", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=pipe, stderr=pipe, text=True)
+
+    def search(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def experiments(self) -> list[str]:
+        return sorted(
+            ref.rsplit("/", 1)[1] for ref in self.git("for-each-ref", "--format=%(refname)", "refs/exps").split()
+        )
+
+    def log(self, word: str) -> Counter:
+        return Counter(line.split()[1] for line in self.runs.read_text().splitlines() if line.startswith(word))
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path / "a").make()
+
+
+def names(trials: int, seeds: int = 2) -> list[str]:
+    return sorted(f"s-{trial}-s{seed}" for trial in range(trials) for seed in range(seeds))
+
+
+@pytest.mark.process
+def test_a_search_runs_its_budget_with_every_seed_and_then_nothing(clone):
+    code, out, err = clone.search()
+    assert code == 0, err
+    assert clone.experiments() == names(2) and clone.log("begin") == Counter(names(2))
+    assert out.count(" ± ") == 4 and "make exps" in out
+    assert clone.search()[0] == 0
+    assert clone.log("begin") == Counter(names(2)), "a finished search has run again"
+    clone.ask(trials=3)
+    assert clone.search()[0] == 0
+    assert clone.log("begin") == Counter(names(3)), "a larger budget goes on"
+
+
+@pytest.mark.process
+def test_a_failed_trial_keeps_its_reason_and_no_settings_are_run_twice(clone):
+    clone.ask(space={"optimizer.lr": {"choices": [0.01, 0.001]}}, trials=5)
+    code, out, err = clone.search()
+    assert code == 0, err
+    assert "failed: training diverged: the loss is nan (.dvc/tmp/search/s-" in out
+    assert "the space has no other settings" in out
+    assert len(clone.experiments()) == 2 and sum(clone.log("begin").values()) == 3
+
+
+@pytest.mark.process
+def test_a_worker_stops_after_three_failures_in_a_row(clone):
+    clone.ask(space={"optimizer.lr": {"low": 0.01, "high": 0.02}}, trials=10)
+    code, _, err = clone.search()
+    assert code == 1 and err == "error: 3 trials in a row have failed here; this worker stops\n"
+    assert sum(clone.log("begin").values()) == 3
+
+
+@pytest.mark.process
+def test_a_hopeless_trial_is_stopped_early_by_its_held_out_loss(clone):
+    rates = [0.001, 0.0011, 0.0085]
+    clone.ask(space={"optimizer.lr": {"choices": rates}}, trials=3, prune_after=2, prune_from=0.5)
+    journal = open_storage(str(clone.folder / ".search/journal.log"))
+    clone.env["PACE"] = "6"  # a point every 1.2 s
+    # two that are finished: this search has run them before
+    search = Search.model_validate(SEARCH | {"space": {"optimizer.lr": {"choices": rates}}})
+    known = Study(search, journal, "other", clone.git("rev-parse", "HEAD").strip())
+    rate = optuna.distributions.CategoricalDistribution(list(map(str, rates)))
+    for text in ("0.001", "0.0011"):
+        points = dict.fromkeys(range(10, 60, 10), 0.0001)
+        made = {"params": {"optimizer.lr": text}, "distributions": {"optimizer.lr": rate}}
+        known.study.add_trial(optuna.trial.create_trial(value=0.0, intermediate_values=points, **made))
+    code, out, err = clone.search()
+    assert code == 0, err
+    # after half of the training and not before; the curve of the commit, which is there at first, does not count
+    assert ": stopped early: held-out loss 0.0075 at step 30\n" in out
+    (name,) = clone.log("begin")
+    assert name.endswith("-s0") and not clone.experiments()
+    assert not list((clone.folder / ".dvc/tmp/exps/standalone").glob("*")), "its folder is left behind"
+
+
+@pytest.mark.process
+def test_runs_of_another_question_are_not_taken_for_results(clone):
+    clone.ask(trials=1)
+    assert clone.search()[0] == 0
+    clone.ask(seeds=[0, 1, 2])
+    code, _, err = clone.search()
+    assert code == 1 and "was begun with another metric, seeds, overrides or space" in err
+    clone.ask(trials=1)
+    (clone.folder / "conf/model/small.yaml").write_text((ROOT / "conf/model/small.yaml").read_text() + "# changed\n")
+    code, _, err = clone.search()
+    assert code == 1 and "was begun with another commit or other code" in err
+    shutil.rmtree(clone.folder / ".search")
+    code, _, err = clone.search()
+    assert code == 1 and "experiment s-0-s0: is another run of that name" in err
+
+
+@pytest.mark.process
+def test_a_remote_that_cannot_be_reached_is_refused_before_anything_runs(clone):
+    clone.git("remote", "add", "origin", "/nowhere/at/all")
+    clone.ask(remote="origin")
+    code, _, err = clone.search()
+    assert code == 1 and err.startswith("error: git ls-remote: ") and err.count("\n") == 1
+    assert not clone.log("begin")
+
+
+@pytest.mark.process
+def test_one_clone_takes_one_worker(clone):
+    clone.env["PACE"] = "5"
+    first = clone.start()
+    while not clone.log("begin"):
+        time.sleep(0.1)
+    code, _, err = clone.search()
+    first.terminate()
+    assert code == 1 and "a search runs in this clone already" in err
+    assert first.wait() == 128 + signal.SIGTERM
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "signum", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGTERM, signal.SIGINT))]
+)
+def test_a_stopped_search_resumes_and_runs_nothing_twice(clone, signum):
+    clone.env["PACE"] = "0.6"
+    search = clone.start()
+    while sum(clone.log("begin").values()) < 4:  # in the second trial's second seed
+        time.sleep(0.05)
+    search.send_signal(signum)
+    search.communicate()
+    time.sleep(0.5)
+    begun, ended = clone.log("begin"), clone.log("end")
+    code, out, err = clone.search()
+    assert code == 0, err
+    assert "trial 1: resumed" in out
+    assert clone.experiments() == names(2)
+    assert clone.log("end") == Counter(names(2))
+    again = {name for name, count in clone.log("begin").items() if count > 1}
+    assert again == set(begun) - set(ended), "what had ended has run again"
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_three_workers_share_a_search_while_they_are_killed_at_random(clone, tmp_path):
+    """Each budget place is used once, and each run ends once, however often a worker is killed."""
+    hosted = tmp_path / "hosted.git"
+    trials, rng = 8, random.Random(0)
+    clone.ask(trials=trials, storage=str(tmp_path / "journal"), remote="origin")
+    clone.git("commit", "-qam", "many")
+    subprocess.run(["git", "clone", "-q", "--bare", clone.folder, hosted], check=True)
+    clones = []
+    for name in ("b", "c", "d"):
+        subprocess.run(["git", "clone", "-q", hosted, tmp_path / name], check=True)
+        clones.append(Clone(tmp_path / name))
+    workers = [one.start() for one in clones]
+    for _ in range(8):
+        time.sleep(rng.uniform(1.0, 3.0))
+        i = rng.randrange(3)
+        workers[i].kill()
+        workers[i].communicate()
+        workers[i] = clones[i].start()
+    ends = [worker.communicate() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0], ends
+    for one in clones:
+        one.search()  # the last to end may have pushed after the others looked
+        assert one.experiments() == names(trials)
+    assert clone.log("end") == Counter(names(trials))

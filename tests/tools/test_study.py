@@ -1,0 +1,140 @@
+"""The trials of a search in Optuna's storages: who has which, how many there are, which one is hopeless."""
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from ddpm.errors import UserError
+from tests.support.search import SEARCH
+from tools.common.searches import Search
+from tools.common.study import Pruner, Study, open_storage
+
+
+def study(storage, worker: str = "a", origin: str = "o", **changes: object) -> Study:
+    return Study(Search.model_validate(SEARCH | changes), storage, worker, origin)
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "new/journal") if request.param == "journal" else f"sqlite:///{tmp_path}/trials.db"
+
+
+def test_a_killed_workers_trial_is_its_own_after_a_restart_with_its_values(address):
+    trial = study(open_storage(address)).next()
+    again = study(open_storage(address))
+    (mine,) = again.unfinished()
+    assert mine.number == trial.number and again.suggest(mine) == trial.params
+    assert study(open_storage(address), "b").unfinished() == []
+
+
+def test_a_trial_killed_before_it_had_values_gets_them_then(address):
+    one = study(open_storage(address))
+    one._create()
+    (mine,) = study(open_storage(address)).unfinished()
+    assert set(one.suggest(mine)) == {"optimizer.lr"}
+
+
+def test_a_lost_workers_trials_can_be_adopted(address):
+    study(open_storage(address), "lost").next()
+    other = study(open_storage(address), "b")
+    assert other.adopt("lost") == 1 and len(other.unfinished()) == 1
+    assert other.adopt("lost") == 0
+
+
+def test_workers_at_once_take_the_budget_once_and_no_settings_twice(tmp_path):
+    address, taken = str(tmp_path / "journal"), []
+    space = {"optimizer.lr": {"choices": [i / 1000 for i in range(1, 30)]}}
+
+    def work(name: str) -> None:
+        mine = study(open_storage(address), name, trials=12, space=space)
+        while trial := mine.next():
+            taken.append(trial.params["optimizer.lr"])
+            mine.finish(trial, [1.0, 2.0])
+
+    threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(Counter(taken).values()) == 1
+    done = study(open_storage(address), "x", trials=12, space=space)
+    assert len(done.trials()) <= 12
+    while trial := done.next():  # two that met may both have withdrawn
+        done.finish(trial, [1.0, 2.0])
+    assert len(done.trials()) == 12 and all(t.state == TrialState.COMPLETE for t in done.trials())
+
+
+def test_the_value_of_a_trial_is_the_mean_over_its_seeds():
+    made = study(optuna.storages.InMemoryStorage())
+    made.finish(made.next(), [1.0, 2.0])
+    assert made.trials()[0].value == 1.5
+
+
+@pytest.mark.parametrize("change", [{"seeds": [0, 2]}, {"metric": "recall"}, {"overrides": ["train.steps=5"]}])
+def test_trials_of_another_question_are_not_mixed_in(change):
+    storage = optuna.storages.InMemoryStorage()
+    study(storage)
+    study(storage, trials=99, prune_after=2)
+    with pytest.raises(UserError, match="study = s: was begun with another metric, seeds, overrides or space"):
+        study(storage, **change)
+    with pytest.raises(UserError, match="study = s: was begun with another commit or other code"):
+        study(storage, origin="p")
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("nosql://host/x", "storage = nosql://host/x: cannot be opened"),
+        ("postgresql://me:secret@127.0.0.1:1/x", r"storage = postgresql://me:\*\*\*@127.0.0.1:1/x: cannot be opened"),
+        ("mysql://host/x", "storage = mysql://host/x: cannot be opened: install its driver, the package MySQLdb"),
+        ("/proc/none/journal", "storage = /proc/none/journal: cannot be opened"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(address, words):
+    with pytest.raises(UserError, match=words) as fault:
+        open_storage(address)
+    assert "secret" not in str(fault.value) and "\n" not in str(fault.value)
+
+
+def hopeless(losses: list[dict[int, float]], mine: dict[int, float], **params: str) -> bool:
+    made = optuna.create_study(pruner=Pruner(after=3, share=0.5))
+    choices = {"diffusion.prediction": optuna.distributions.CategoricalDistribution(["v", "epsilon"])}
+    for points in losses:
+        made.add_trial(
+            create_trial(
+                value=0.0, params={"diffusion.prediction": "v"}, distributions=choices, intermediate_values=points
+            )
+        )
+    frozen = create_trial(
+        state=TrialState.RUNNING,
+        params={"diffusion.prediction": params.get("prediction", "v")},
+        distributions=choices,
+        intermediate_values=mine,
+    )
+    return Pruner(after=3, share=0.5).prune(made, frozen)
+
+
+CURVES = [{10: 1.0, 20: 0.5, 40: 0.1 * i} for i in range(1, 5)]
+
+
+def test_a_loss_above_three_quarters_of_the_others_is_hopeless():
+    assert hopeless(CURVES, {40: 0.5})
+    assert not hopeless(CURVES, {40: 0.2})
+
+
+def test_nothing_is_hopeless_early_or_beside_few_others():
+    assert not hopeless(CURVES, {10: 9.0}), "before half of the training"
+    assert not hopeless(CURVES[:2], {40: 9.0}), "beside two others"
+
+
+def test_a_point_between_two_of_the_others_is_compared_with_the_one_before():
+    assert hopeless(CURVES, {30: 0.6})
+    assert not hopeless(CURVES, {30: 0.5})
+
+
+def test_losses_of_another_kind_of_prediction_are_no_measure():
+    assert not hopeless(CURVES, {40: 9.0}, prediction="epsilon")

@@ -1,0 +1,82 @@
+"""Statistics of a few seeds: mean and standard error, Welch's test, Holm's correction, how many seeds are needed."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LEVEL = 0.05  # of every test; intervals hold 1 - LEVEL
+POWER = 0.8  # with which the seeds that `seeds_needed` asks for settle a difference
+MOST_SEEDS = 1000  # beyond which a difference is called too small to settle
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value."""
+    return math.fsum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean, from the sample's variance (n - 1); None for one value."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def number(values: Sequence[float]) -> str:
+    """Mean ± standard error, as a table shows them; empty for no value."""
+    error = standard_error(values)
+    return "" if not values else f"{mean(values):.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+class Difference(NamedTuple):
+    """The difference of two means, b - a: its value, its interval of 95 %, and the p-value of Welch's test."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
+    """Welch's two-sided t-test: are the means of `a` and `b` equal, whatever their variances (Welch 1947)?
+
+    None where that cannot be known: one side has fewer than two values, or no side has any spread.
+    """
+    if min(len(a), len(b)) < 2 or (max(a) == min(a) and max(b) == min(b)):
+        return None
+    from scipy import stats  # takes most of a second
+
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # that one side has no spread
+        result = stats.ttest_ind(b, a, equal_var=False)
+    interval = result.confidence_interval(1 - LEVEL)
+    return Difference(mean(b) - mean(a), float(interval.low), float(interval.high), float(result.pvalue))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's corrected p-values, in the order given (Holm 1979).
+
+    Calling a difference real where its corrected value is below LEVEL is wrong about any of them at most so often.
+    """
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def seeds_needed(a: Sequence[float], b: Sequence[float]) -> int | None:
+    """How many seeds each side needs in all, for the difference and the spread seen so far to be settled.
+
+    The smallest n for which Welch's test at LEVEL finds a difference of this size with probability POWER, where both
+    sides have n values and the variances of now. None: more than MOST_SEEDS.
+    """
+    from scipy import stats
+
+    difference, variances = abs(mean(b) - mean(a)), [float(np.var(values, ddof=1)) for values in (a, b)]
+    for n in range(2, MOST_SEEDS + 1):
+        error = math.sqrt(sum(variances) / n)
+        freedom = (n - 1) * sum(variances) ** 2 / sum(variance**2 for variance in variances)
+        threshold = stats.t.ppf(1 - LEVEL / 2, freedom)
+        if stats.nct.sf(threshold, freedom, difference / error) >= POWER:
+            return n
+    return None
