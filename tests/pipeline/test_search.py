@@ -16,6 +16,7 @@ import yaml
 
 from tests.pipeline.servers import postgresql
 from tests.support.clones import Clone, git_clone, make_clone
+from tests.support.search import SEARCH
 from tools.common.runs import origin
 from tools.common.searches import Search
 from tools.common.study import Study, open_storage
@@ -24,24 +25,12 @@ RUN = [
     "+experiment=smoke", "runtime.threads=1", "diffusion.timesteps=20", "train.steps=40", "train.warmup_steps=0",
     "train.log_every_steps=4", "train.preview_every_epochs=0", "train.save_every_seconds=0.5", "sample.count=16",
     "sample.batch_size=16", "sample.steps=2", "evaluate.bound_images=0", "evaluate.loss_images=8",
-    "evaluate.kid_subset_size=10",
 ]  # fmt: skip
-SEARCH = {
-    "study": "s",
-    "storage": None,
-    "remote": None,
-    "metric": "frechet_distance",
-    "seeds": [0, 1],
-    "trials": 2,
-    "prune_after": None,
-    "prune_from": 0.3,
-    "overrides": RUN,
-    "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
-}
+SMALL = SEARCH | {"overrides": RUN, "space": {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}}
 
 
 def ask(clone: Clone, **changes: object) -> None:
-    (clone.folder / "conf/search/default.yaml").write_text(yaml.safe_dump(SEARCH | changes))
+    (clone.folder / "conf/search/default.yaml").write_text(yaml.safe_dump(SMALL | changes))
 
 
 def watched(clone: Clone, log: Path) -> None:
@@ -105,7 +94,7 @@ def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, 
     changes["overrides"] = [*RUN, "optimizer=sgd", "train.grad_clip=null"]
     ask(clone, **changes)
     monkeypatch.chdir(clone.folder)
-    study = Study(Search.model_validate(SEARCH | changes), open_storage(".search/journal.log"), "other", origin())
+    study = Study(Search.model_validate(SMALL | changes), open_storage(".search/journal.log"), "other", origin())
     distributions = {"optimizer.lr": optuna.distributions.CategoricalDistribution(list(map(str, rates)))}
     for rate in ("0.001", "0.002"):  # which were good
         study.study.add_trial(
