@@ -4,7 +4,8 @@ from typing import ClassVar
 
 import pytest
 
-from tools.common.experiments import Group, Run, _run, compared, grouped, not_comparable, read, shown
+from tests.conftest import composed
+from tools.common.experiments import DISTANCE, Group, Run, _run, compared, grouped, not_comparable, read, shown
 
 PARAMS = {"train.seed": 0, "sample.seed": 0, "evaluate.seed": 0, "optimizer.lr": 0.1, "sample.steps": 50}
 
@@ -86,3 +87,9 @@ def test_numbers_on_two_scales_are_not_comparable():
 def test_a_parameter_is_shown_in_few_characters():
     assert shown("optimizer._target_", "torch.optim.RMSprop") == "RMSprop"
     assert [shown("x", value) for value in (1e-5, None, [3, 8], True)] == ["1e-05", "-", "[3, 8]", "true"]
+
+
+def test_what_a_distance_depends_on_are_settings_that_exist():
+    tree = composed("evaluate=dinov2")
+    names = [f"{section}.{name}" for section in ("dataset", "sample", "evaluate") for name in tree[section]]
+    assert [prefix for prefix in DISTANCE if not any(name.startswith(prefix) for name in names)] == []

@@ -16,7 +16,14 @@ from tools.common.statistics import mean
 SEEDS = ("train.seed", "sample.seed")
 NUMBERS = "results/evaluate/metrics.json"
 MODEL, SAMPLES = "models/ddpm", "samples/images.npy"  # dependencies that follow from the seeds
-DISTANCE = ("dataset.", "sample.count", "evaluate.features", "evaluate.reference", "evaluate.inception_weights")
+DISTANCE = (
+    "dataset.",
+    "sample.count",
+    "evaluate.features",
+    "evaluate.input_size",
+    "evaluate.reference",
+    "evaluate.weights",
+)
 
 
 class Metric(NamedTuple):
