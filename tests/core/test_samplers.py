@@ -100,20 +100,20 @@ def one_step_of_diffusers(scheduler, output, t, x, draw, eta):
 @pytest.mark.parametrize(
     ("name", "steps", "options"),
     [
-        ("ddpm", 40, {"variance": "fixed_small"}),
-        ("ddpm", 40, {"variance": "fixed_large"}),
         ("ddpm", 20, {"variance": "fixed_small"}),
+        ("ddpm", 20, {"variance": "fixed_large"}),
+        ("ddpm", 10, {"variance": "fixed_small"}),
         ("ddim", 10, {"eta": 0.0}),
         ("ddim", 10, {"eta": 0.5}),
     ],
 )
 def test_every_step_equals_diffusers(name, steps, options, schedule, prediction):
-    d = GaussianDiffusion(DiffusionConfig(40, schedule, prediction))
+    d = GaussianDiffusion(DiffusionConfig(20, schedule, prediction))
     model = small_unet(block_out_channels=(16,), attention=(False,))
     g = torch.Generator().manual_seed(0)
     start, *noises = torch.randn(steps + 1, 2, 1, 8, 8, generator=g)
     common = {
-        "num_train_timesteps": 40,
+        "num_train_timesteps": 20,
         "beta_schedule": {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule],
         "prediction_type": {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}[prediction],
         "timestep_spacing": "leading",
@@ -127,7 +127,7 @@ def test_every_step_equals_diffusers(name, steps, options, schedule, prediction)
     scheduler.alphas, scheduler.one = 1 - scheduler.betas, torch.tensor(1.0, dtype=torch.float64)
     scheduler.final_alpha_cumprod = scheduler.one if name == "ddim" else None
     scheduler.set_timesteps(steps)
-    path = samplers.timesteps(40, steps, "leading")
+    path = samplers.timesteps(20, steps, "leading")
     assert path == scheduler.timesteps.tolist()
     options = {"variance": "fixed_small", "eta": 0.0} | options
     queue = iter(noises)

@@ -9,6 +9,7 @@ from ddpm.evaluation import held_out
 from ddpm.evaluation.held_out import HeldOut, held_out_loss, image_losses, variational_bound
 from ddpm.runtime.resume import Store
 from tests.conftest import small_unet
+from tests.support.training import SHALLOW
 
 
 def test_the_held_out_loss_of_a_known_network_is_its_closed_form():
@@ -57,7 +58,7 @@ def photographs(count, size=8, channels=1):
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_held_out_loss_follows_from_each_image_alone(learned):
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon", learn_variance=learned))
-    images, unet = photographs(23), small_unet(out_channels=1 + learned)
+    images, unet = photographs(23), small_unet(**SHALLOW | {"out_channels": 1 + learned})
 
     def loss(rows, batch_size):
         options = {"bins": 3, "batch_size": batch_size, "seed": 0}
@@ -136,21 +137,21 @@ def gaussian_images(count, mean, std):
 def exact_network(d: GaussianDiffusion, std: float):
     """For normal data around 0: the best prediction and the true variance of x_{t-1} given x_t, in closed form."""
 
+    a, beta, small = d.alphas_cumprod, d.betas, d.posterior_variance
+    unknown = std**2 * (1 - a) / (a * std**2 + 1 - a)  # the variance of x_0 given x_t
+    true = small + np.append(1.0, a[:-1]) * (beta / (1 - a)) ** 2 * unknown
+    true[0] = unknown[0]
+    shares = 2 * np.log(true / small) / np.log(beta / small) - 1
+
     def model(x, t):
-        step = int(t[0])
-        a, beta = float(d.alphas_cumprod[step]), float(d.betas[step])
-        signal, sigma = math.sqrt(a), math.sqrt(1 - a)
-        epsilon = sigma * x / (a * std**2 + 1 - a)
+        at = lambda table: torch.from_numpy(table)[t].float().view(-1, 1, 1, 1)  # noqa: E731
+        signal, sigma = at(np.sqrt(a)), at(np.sqrt(1 - a))
+        epsilon = x * at(np.sqrt(1 - a) / (a * std**2 + 1 - a))
         x0 = (x - sigma * epsilon) / signal
         output = epsilon if d.config.prediction == "epsilon" else signal * epsilon - sigma * x0
         if not d.config.learn_variance:
             return output
-        before = float(d.alphas_cumprod[step - 1]) if step else 1.0
-        small = float(d.posterior_variance[step])
-        unknown = std**2 * (1 - a) / (a * std**2 + 1 - a)  # the variance of x_0 given x_t
-        true = small + before * (beta / (1 - a)) ** 2 * unknown if step else unknown
-        share = 2 * math.log(true / small) / math.log(beta / small) - 1
-        return torch.cat([output, torch.full_like(x, share)], dim=1)
+        return torch.cat([output, at(shares).expand_as(x)], dim=1)
 
     return model
 
@@ -159,7 +160,7 @@ def exact_network(d: GaussianDiffusion, std: float):
 def test_the_bound_of_the_exact_network_is_the_entropy_of_the_data(prediction):
     images, entropy = gaussian_images(60, mean=127.5, std=30.0)
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", prediction, learn_variance=True))
-    options = {"batch_size": 60, "seed": 0}
+    options = {"batch_size": 60 * 40, "seed": 0}  # 40 timesteps at once
     bound = variational_bound(exact_network(d, 30 / 127.5), d, HeldOut(images), variance="learned", **options)
     assert bound.bits_per_dim == pytest.approx(entropy, rel=0.01)
     # what was spent grows from the prior's part to the whole but L_0, and the image gets clearer meanwhile
@@ -185,7 +186,7 @@ def test_a_fixed_variance_makes_the_bound_looser():
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     small, large = (
         variational_bound(
-            exact_network(d, 30 / 127.5), d, HeldOut(images), variance=variance, batch_size=60, seed=0
+            exact_network(d, 30 / 127.5), d, HeldOut(images), variance=variance, batch_size=60 * 40, seed=0
         ).bits_per_dim
         for variance in ("fixed_small", "fixed_large")
     )
@@ -209,7 +210,7 @@ def test_the_bound_has_the_error_of_its_images_in_any_batches():
 
     def bound(rows, batch_size=9):
         options = {"variance": "fixed_large", "batch_size": batch_size, "seed": 0}
-        return variational_bound(small_unet(), d, HeldOut(images[rows], None, np.array(rows)), **options)
+        return variational_bound(small_unet(**SHALLOW), d, HeldOut(images[rows], None, np.array(rows)), **options)
 
     alone = [bound([i]) for i in range(9)]
     assert all(math.isnan(one.error) for one in alone)
@@ -246,7 +247,7 @@ def test_the_bound_follows_from_each_image_alone():
 
     def terms(rows, batch_size):
         options = {"variance": "fixed_large", "batch_size": batch_size, "seed": 0}
-        bound = variational_bound(small_unet(), d, HeldOut(images[rows], None, np.array(rows)), **options)
+        bound = variational_bound(small_unet(**SHALLOW), d, HeldOut(images[rows], None, np.array(rows)), **options)
         return np.array([*bound.terms, *bound.x0_mse, bound.prior]) * len(rows)
 
     whole = terms([*range(7)], 7)

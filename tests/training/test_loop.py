@@ -178,7 +178,7 @@ def test_a_conditional_network_draws_the_class_it_is_given(tmp_path):
     """Dark and bright images: a class gives its own, no label gives both, guidance away from no label the extreme."""
     images = np.tile(np.array([60, 180], dtype=np.uint8).reshape(2, 1, 1, 1), (20, 8, 8, 1))  # labels alternate, too
     images += np.random.default_rng(0).integers(0, 16, images.shape, dtype=np.uint8)
-    settings = ("train.steps=150", "optimizer.lr=5e-3", "train.log_every_steps=50", "train.label_dropout=0.2")
+    settings = ("train.steps=90", "optimizer.lr=8e-3", "train.log_every_steps=30", "train.label_dropout=0.2")
     settings += ("model.class_conditional=true",)
     model, _ = run(tmp_path, *settings, images=images, network=SHALLOW | TWO_CLASSES)
     dark, bright = brightness(model, ["dark"]), brightness(model, ["bright"])
@@ -198,7 +198,7 @@ def test_hiding_labels_is_what_teaches_the_class_of_no_label(tmp_path):
     assert not torch.equal(taught[2], start.class_embedding.weight[2])
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))])
 def test_four_images_are_learnt_in_fifty_steps_on_every_seed(seed):
     diffusion = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
     unet = UNet(small_unet(block_out_channels=(32, 64)).config)
@@ -306,7 +306,9 @@ def test_flips_mirror_about_half_of_the_images(tmp_path, trained_on, flip):
 
 def test_timesteps_are_uniform_and_noise_is_normal_at_every_step(tmp_path, trained_on):
     uniform = ("train.noise_levels=uniform", "train.noise_levels_width=null", "train.stratified=false")
-    run(tmp_path, "train.steps=50", "train.batch_size=32", *uniform, images=np.tile(IMAGES, (2, 1, 1, 1)))
+    tiny = {"block_out_channels": (8,), "attention": (False,)}
+    images = np.tile(IMAGES, (2, 1, 1, 1))
+    run(tmp_path, "train.steps=50", "train.batch_size=32", *uniform, images=images, network=tiny)
     t = torch.cat([t for _, t, _ in trained_on])
     noise = torch.stack([noise for *_, noise in trained_on]).double()
     counts = torch.bincount(t, minlength=50)
