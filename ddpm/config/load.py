@@ -286,6 +286,17 @@ def _averages(params: Params) -> Faults:
         yield "train.ema_widths", "names a width twice"
     if chosen is not None and chosen not in widths:
         yield "sample.ema_width", f"must be one of train.ema_widths = {widths}, or null for the first"
+    further, sampled = params.evaluate.ema_widths, widths[0] if chosen is None else chosen
+    if len(set(further)) < len(further):
+        yield "evaluate.ema_widths", "names a width twice"
+    for width in further:
+        if width not in widths:
+            yield (
+                "evaluate.ema_widths",
+                f"{width:g} is none of train.ema_widths = {widths}; add it there, or leave it out",
+            )
+        elif width == sampled:
+            yield "evaluate.ema_widths", f"{width:g} is that of the samples, which are measured anyway; leave it out"
 
 
 def _sampling(params: Params) -> Faults:
