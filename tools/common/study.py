@@ -27,8 +27,9 @@ HOPELESS = 0.75  # a trial whose loss is worse than this share of the others' is
 MOST_ATTEMPTS = 10  # to open a database in which other workers make the tables
 CONNECTION = {"pool_pre_ping": True}  # a run takes longer than an idle connection may last
 MOST_PROPOSALS = 50  # settings in a row that were tried already: the space has no others, or nearly so
-# Losses under different ones of these are on different scales
-SCALES = ("diffusion", "dataset", "train.weighting")
+# Losses under different ones of these are on different scales: a network that has learned assigned noise knows the
+# independent noise of the held-out loss less well
+SCALES = ("diffusion", "dataset", "train.weighting", "train.noise_coupling")
 
 
 def open_storage(address: str) -> BaseStorage:
