@@ -68,6 +68,15 @@ def test_workers_at_once_take_the_budget_once_and_no_settings_twice(tmp_path):
     assert len(done.trials()) == 12 and all(t.state == TrialState.COMPLETE for t in done.trials())
 
 
+def test_a_space_of_choices_is_tried_whole_though_one_of_them_is_by_far_the_best():
+    space = {"optimizer.lr": {"choices": [i / 1000 for i in range(1, 25)]}}
+    mine = study(optuna.storages.InMemoryStorage(), trials=20, space=space)
+    while trial := mine.next():
+        value = abs(float(trial.params["optimizer.lr"]) - 0.01)
+        mine.finish(trial, [value, value])
+    assert len(mine.trials()) == 20
+
+
 def test_the_value_of_a_trial_is_the_mean_over_its_seeds():
     made = study(optuna.storages.InMemoryStorage())
     made.finish(made.next(), [1.0, 2.0])
