@@ -64,6 +64,7 @@ BLOCKS = {  # without and with attention
 # attention's layers, as early versions of diffusers named them; it still reads these names, too
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 MOST_LAYERS = 1000  # in a level; a file that claims more is damaged
+NO_WIDTH = {"sample.ema_width": "set it to null for the first", "evaluate.ema_widths": "leave it out"}
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
@@ -123,11 +124,12 @@ def save_model(
     write_file(folder / "README.md", _card(unet, diffusion, classes).encode())
 
 
-def load_model(folder: str | Path, width: float | None = None) -> TrainedModel:
+def load_model(folder: str | Path, width: float | None = None, setting: str = "sample.ema_width") -> TrainedModel:
     """Read a model folder, ours or of diffusers.
 
     Args:
-        width: of the average of the weights to load, as sample.ema_width; None: the folder's first.
+        width: of the average of the weights to load; None: the folder's first.
+        setting: what asks for the width, for the message where the folder lacks it.
 
     Raises:
         UserError: a file is missing, damaged, or asks for something this U-Net does not support; the line names it.
@@ -146,7 +148,7 @@ def load_model(folder: str | Path, width: float | None = None) -> TrainedModel:
         GaussianDiffusion(diffusion)  # refuses a schedule that floats cannot hold
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{diffusion_path}: {_reason(error)}") from None
-    weights_path = _weights_path(folder, width)
+    weights_path = _weights_path(folder, width, setting)
     try:
         weights = {_new_name(name): value.float() for name, value in load_file(weights_path).items()}
         unet.load_state_dict(weights, assign=True)
@@ -233,13 +235,13 @@ def _variant(width: float) -> Path:
     return WEIGHTS.with_suffix(f".{name}{WEIGHTS.suffix}")
 
 
-def _weights_path(folder: Path, width: float | None = None) -> Path:
+def _weights_path(folder: Path, width: float | None = None, setting: str = "sample.ema_width") -> Path:
     path = _find(folder, WEIGHTS)
     if path.is_file() and width is not None:
         widths = _widths(folder)
         if width not in widths or not (width == widths[0] or (folder / _variant(width)).is_file()):
             held = f"holds the averages {widths}" if widths else "names no averages in training.json"
-            raise UserError(f"params.yaml: sample.ema_width = {width}: {folder} {held}; set it to null for the first")
+            raise UserError(f"params.yaml: {setting} = {width}: {folder} {held}; {NO_WIDTH[setting]}")
         return path if width == widths[0] else folder / _variant(width)
     if path.is_file():
         return path

@@ -125,9 +125,11 @@ def sampling_path(params: Sample, diffusion: GaussianDiffusion) -> list[int]:
         raise UserError(f"params.yaml: sample.{error}") from None
 
 
-def place(model: TrainedModel, runtime: Runtime, device: torch.device) -> GaussianDiffusion:
-    """Move the network to the device, in the memory format that suits it there; return the model's diffusion there."""
-    model.unet.to(device).to(memory_format=memory_format(runtime, device))
+def place(model: TrainedModel, runtime: Runtime, device: torch.device, *variants: TrainedModel) -> GaussianDiffusion:
+    """Move the network to the device, in the memory format that suits it there, and those of its variants; return the
+    model's diffusion there."""
+    for each in (model, *variants):
+        each.unet.to(device).to(memory_format=memory_format(runtime, device))
     return GaussianDiffusion(model.diffusion, device)
 
 

@@ -1,6 +1,7 @@
 """The experiments of the commit you are on, best first: where their parameters differ, and how good their samples are.
 
-Runs that differ in their seeds alone are one row: mean ± standard error, and n. `--by PARAMETER` sorts by a parameter
+Runs that differ in their seeds alone are one row: mean ± standard error over the runs, and n. Of a single run, ± is the
+error that its evaluation gives. `--by PARAMETER` sorts by a parameter
 and draws the metric against it, `--metric` takes another one than the Fréchet distance, `--p` adds the p-values,
 `--runs` gives each run a row.
 """
@@ -74,13 +75,22 @@ def table(
         cells = [name, "" if is_base and len(group.runs) == 1 else state]
         cells += [shown(key, params.get(key)) for key in varied]
         cells += [codes[i]] * any(codes) + [draws(group, metric) if group.runs else ""] * several
-        numbers = (number(group.values(key)) for key in columns)
+        numbers = (number(group.values(key), group.error(key)) for key in columns)
         cells += [text.replace(" ± ", "\n± ") if narrow else text for text in numbers]
         cells += [beside.words.get(i, "")] * bool(beside.words)
         if asked.p:
             cells += [f"{p[i]:.4f}" if i in p else "" for p in (beside.p, beside.corrected)]
         made.add_row(*cells, style="bold" if is_base else "red" if state == "failed" else None)
     return made
+
+
+def intervals(groups: Sequence[Group], metric: str) -> list[str]:
+    """What the ± of the table are, as far as it has any."""
+    several = any(len(group.values(metric)) > 1 for group in groups)
+    one = any(len(group.values(metric)) == 1 and group.error(metric) is not None for group in groups)
+    meanings = ["of several runs, the standard error of their mean"] * several
+    meanings += ["of one run, its own: over its samples and held-out images"] * one
+    return [f"± is, {'; '.join(meanings)}"] if meanings else []
 
 
 def notes(base: Run, groups: Sequence[Group], others: Sequence[Run], varied: Sequence[str]) -> list[str]:
@@ -144,7 +154,7 @@ def main() -> None:
     rows: list[Group | Run] = [*groups, *others]
     varied = varied_in(rows, base, asked)
     print_whole(lambda narrow: table(base, rows, varied, asked, narrow))
-    for line in notes(base, groups, others, varied):
+    for line in intervals(groups, asked.metric) + notes(base, groups, others, varied):
         print(line)
     if asked.by:
         path = Path(asked.out)

@@ -18,6 +18,7 @@ from dvc.repo.plots.diff import diff
 from dvc.utils.flatten import flatten
 from dvc_render import render_html
 
+from ddpm.evaluation.card import measured
 from tools.common.experiments import METRICS, differing, shown
 
 PAGE = Path(".dvc/plots/page.html")
@@ -58,13 +59,13 @@ def thin(plots: dict[str, Any]) -> dict[str, int]:
 
 
 def table(trees: dict[str, dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per name: its heading, and what each revision has."""
+    """A row per name: its heading, and what each revision has; a number with its standard error."""
     rows = []
     for name in names:
         values = {
-            rev: f"{value:.4f}" if name in METRICS and isinstance(value, float) else shown(name, value)
+            rev: measured(tree, name) if name in METRICS or f"{name}_se" in tree else shown(name, tree[name])
             for rev, tree in trees.items()
-            if (value := tree.get(name)) is not None or name in tree
+            if name in tree
         }
         rows.append({"name": METRICS[name].heading if name in METRICS else name, "values": values})
     return rows
@@ -79,7 +80,9 @@ def facts(repo: Repo, revisions: Sequence[str]) -> dict[str, Any]:
             repo.params.show(revs=list(revisions), hide_workspace="workspace" not in revisions),
         )
     )
-    known = dict.fromkeys(name for tree in metrics.values() for name in tree)
+    known = dict.fromkeys(
+        name for tree in metrics.values() for name in tree if not (name.endswith("_se") and name[:-3] in tree)
+    )
     return {
         "numbers": table(metrics, [name for name in METRICS if name in known]),
         "further": table(metrics, [name for name in known if name not in METRICS]),

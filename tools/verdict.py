@@ -14,6 +14,7 @@ from dvc.repo import Repo
 from dvc.repo.experiments.utils import exp_refs_by_rev
 from dvc.scm import resolve_rev
 
+from ddpm.evaluation.card import decimals
 from tools.common.experiments import (
     MAIN,
     METRICS,
@@ -100,7 +101,8 @@ def described(finding: Finding) -> str:
     if finding.test is None:
         return text
     d = finding.test
-    return f"{text}, a difference of {d.value:+.4f} (95 % interval {d.low:+.4f} to {d.high:+.4f}, p = {finding.p:.2g})"
+    value, low, high = (f"{x:+.{decimals((d.high - d.low) / 4)}f}" for x in (d.value, d.low, d.high))
+    return f"{text}, a difference of {value} (95 % interval {low} to {high}, p = {finding.p:.2g})"
 
 
 def more_seeds(finding: Finding) -> str:

@@ -41,7 +41,9 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
     limit = p.reference_images or sum(counts.values())
     train, test = min(counts["train"], limit), min(counts["test"], limit)
     reference = {"train": train, "test": test, "all": min(train + test, limit)}[p.reference]
-    further = [samples] * (p.seeds - 1) + [p.nfe_samples] * sum(len(line.steps) for line in p.nfe_curve)
+    further = [samples] * (p.seeds - 1 + len(p.ema_widths)) + [p.nfe_samples] * sum(
+        len(line.steps) for line in p.nfe_curve
+    )
     parts = [samples // k for k in range(2, SPLITS + 1) if samples // k >= IMAGES_PER_FEATURE * width for _ in range(k)]
     alone = [samples] * FLOOR_DRAWS + parts  # sets that are compared with the reference, without an error
     pairs = [(samples, reference), (samples, train), (samples, test), (test, train)]

@@ -284,8 +284,21 @@ def _averages(params: Params) -> Faults:
     widths, chosen = params.train.ema_widths, params.sample.ema_width
     if len(set(widths)) < len(widths):
         yield "train.ema_widths", "names a width twice"
+    elif len({f"{width:g}" for width in widths}) < len(widths):  # as the files of the model folder are named
+        yield "train.ema_widths", "two widths are equal in 6 digits, so that their weights would be one file; drop one"
     if chosen is not None and chosen not in widths:
         yield "sample.ema_width", f"must be one of train.ema_widths = {widths}, or null for the first"
+    further, sampled = params.evaluate.ema_widths, widths[0] if chosen is None else chosen
+    if len(set(further)) < len(further):
+        yield "evaluate.ema_widths", "names a width twice"
+    for width in further:
+        if width not in widths:
+            yield (
+                "evaluate.ema_widths",
+                f"{width:g} is none of train.ema_widths = {widths}; add it there, or leave it out",
+            )
+        elif width == sampled:
+            yield "evaluate.ema_widths", f"{width:g} is that of the samples, which are measured anyway; leave it out"
 
 
 def _sampling(params: Params) -> Faults:

@@ -22,6 +22,7 @@ def _auto_or_bool(value: Any) -> Any:
     raise ValueError("should be auto, true or false")
 
 
+Width = Annotated[float, Field(ge=0, le=0.28)]  # of an average of the weights; see ddpm/core/ema.py
 AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
 
@@ -130,7 +131,7 @@ class Train(Section):
     workers: Annotated[int, Field(ge=0, le=256)]
     warmup_steps: Annotated[int, Field(ge=0)]
     grad_clip: Annotated[float, Field(gt=0)] | None
-    ema_widths: Annotated[list[Annotated[float, Field(ge=0, le=0.28)]], Field(min_length=1, max_length=8)]
+    ema_widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
     flip: bool
     transforms: list[dict[str, Any]]
     precision: Literal["auto", "fp32", "bf16"]
@@ -185,7 +186,7 @@ class Sample(Section):
     classes: Annotated[list[str | int], Field(min_length=1)] | None
     class_frequencies: Literal["equal", "data"]
     guidance: Annotated[float, Field(ge=0, le=1000)]
-    ema_width: Annotated[float, Field(ge=0, le=0.28)] | None
+    ema_width: Width | None
     grid: Count
 
 
@@ -207,6 +208,7 @@ class Evaluate(Section):
 
     seed: Seed
     seeds: Annotated[int, Field(ge=1, le=100)]
+    ema_widths: list[Width]
     features: Annotated[str, AfterValidator(_extractor)]
     weights: Annotated[str, Field(min_length=1)] | None = None
     input_size: Annotated[int, Field(ge=8, le=2048)] | None = None

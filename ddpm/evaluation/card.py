@@ -100,6 +100,9 @@ def _results(numbers: Mapping[str, Any], evaluate: Evaluate, variance: str) -> d
     rows[distance] = shown("frechet_distance")
     if evaluate.seeds > 1:
         rows[f"{distance}, mean of {evaluate.seeds} seeds"] = shown("frechet_distance_mean")
+    for width in evaluate.ema_widths:
+        weights = f"averaged weights of width {width:g}" if width else "live weights"
+        rows[f"{distance}, {weights}"] = f"{shown(f'frechet_distance_ema_{width:g}')} (as many, from the same noise)"
     rows |= {
         f"{distance} of a perfect sampler": f"{shown('frechet_distance_floor')} (as many real images, resampled)",
         f"{distance} / that of a perfect sampler": shown("frechet_distance_ratio"),

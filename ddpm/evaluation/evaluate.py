@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ddpm.evaluation.held_out import HeldOut, image_losses, variational_bound
 from ddpm.evaluation.neighbours import Nearest
 from ddpm.evaluation.sets import FeatureSets
 from ddpm.files import write_file
+from ddpm.model_folder import TrainedModel
 from ddpm.runtime import processes
 from ddpm.runtime.resume import Store
 from ddpm.runtime.tracking import Tracker
@@ -41,6 +42,7 @@ class Subject:
     Attributes:
         settings: what to measure. drawn: how the samples were drawn.
         unet: on the device of `diffusion`.
+        variants: models with other averages of the weights, by their widths; on the same device.
         samples: uint8 (N, H, W, C).
         data: the real images.
         classes: those of the model.
@@ -50,6 +52,7 @@ class Subject:
     settings: Evaluate
     drawn: Sample
     unet: UNet
+    variants: Mapping[float, TrainedModel]
     diffusion: GaussianDiffusion
     samples: np.ndarray
     data: Prepared
@@ -174,6 +177,9 @@ def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
         )
         others = (_drawn_distance(subject, features, settings).value for settings in further)
         found["_mean"] = estimates.mean(np.array([distance.value, *others]))
+    for width, model in subject.variants.items():  # the width in the settings gives what is kept another name
+        same = subject.drawn.model_copy(update={"ema_width": width, "count": len(subject.samples)})
+        found[f"_ema_{width:g}"] = _drawn_distance(replace(subject, unet=model.unet), features, same)
     found = {f"frechet_distance{which}": estimate for which, estimate in found.items()}
     found |= pairs.compare(features["samples"], features.real_pairs(), s.neighbours, s.seed, features.device)
     return _values(found), []

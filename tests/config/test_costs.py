@@ -56,6 +56,7 @@ def test_the_estimate_grows_with_all_that_is_measured():
     for overrides in (
         ("sample.count=3000",),
         ("evaluate.seeds=3",),
+        ("evaluate.ema_widths=[0]",),
         ("evaluate.nfe_curve=[{sampler: ddim, steps: [5, 10]}]",),
     ):
         assert operations(*overrides) > base

@@ -189,6 +189,11 @@ def four_states(clone: Clone, printed: str) -> None:
     assert printed.count("Success") + printed.count("Failed") == 4
 
 
+def live_is_measured(clone: Clone, printed: str) -> None:
+    numbers = json.loads((clone.folder / "results/evaluate/metrics.json").read_text())
+    assert {"frechet_distance", "frechet_distance_ema_0", "frechet_distance_ema_0_se"} <= set(numbers)
+
+
 def curve_is_drawn(clone: Clone, printed: str) -> None:
     points = json.loads((clone.folder / "results/evaluate/fd_by_nfe.json").read_text())
     assert [(p["sampler"], p["nfe"]) for p in points] == [
@@ -329,6 +334,11 @@ VERIFIED = {
     "cp -r models/ddpm /some/where/base": Verified(),
     "dvc exp run -S train.init_from=/some/where/base": Verified(
         TRAIN, after=has_param("train", "init_from", "../base")
+    ),
+    "dvc exp run -S 'evaluate.ema_widths=[0]'": Verified(
+        f"{SMOKE} -S train.steps=4 -S train.warmup_steps=0 -S evaluate.bound_images=0 -S evaluate.loss_images=8",
+        after=live_is_measured,
+        slow=True,
     ),
     "dvc exp run -S 'evaluate.nfe_curve=[{sampler: ddim, steps: [5, 10, 20, 50]}, {sampler: dpm_solver, steps: "
     "[5, 10, 20]}]'": Verified(

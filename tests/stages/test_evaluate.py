@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from ddpm.errors import UserError
 from ddpm.evaluation import cache, distances
 from ddpm.evaluation.features import Extractor
 from ddpm.model_folder import save_model
+from ddpm.runtime.resume import ResumeState
 from ddpm.sampling import Classes, draw
 from stages import evaluate
 from tests.conftest import composed, small_unet
@@ -146,6 +148,69 @@ def test_further_seeds_are_drawn_as_the_stage_sample_draws_them(inside):
     assert values["frechet_distance_mean"] == pytest.approx(np.mean(expected), abs=1e-3)
     assert values["frechet_distance_mean_se"] == pytest.approx(np.std(expected, ddof=1) / 3**0.5, abs=1e-3)
     assert "3 seeds" in Path("results/evaluate/card.md").read_text()
+
+
+LIVE = ("evaluate.ema_widths=[0, 0.05]", "train.ema_widths=[0.1, 0.05, 0]")
+
+
+@pytest.fixture
+def averages(inside):
+    """The folder's model has two more averages of the weights, which draw other samples."""
+    made = {"run": "0123456789abcdef", "params": {"train": {"ema_widths": [0.1, 0.05, 0.0]}}}
+    others = {width: small_unet() for width in (0.05, 0.0)}
+    for width, unet in others.items():
+        with torch.no_grad():
+            unet.conv_out.weight.mul_(1.5 + width)
+    save_model("models/ddpm", small_unet(), DIFFUSION, made, others=others)
+    return others
+
+
+def test_other_averages_are_measured_by_as_many_samples_of_the_same_noise(averages):
+    alone, page = run(), Path("results/evaluate/card.md").read_text()
+    values = run(*LIVE)
+    assert {name: values[name] for name in alone} == alone
+    for width, name in ((0.0, "frechet_distance_ema_0"), (0.05, "frechet_distance_ema_0.05")):
+        settings = check(composed(*SETTINGS)).sample
+        samples = draw(averages[width], GaussianDiffusion(DIFFUSION), settings)
+        assert values[name] == pytest.approx(distance(samples), abs=6e-3)
+        assert abs(values[name] - values["frechet_distance"]) > values[f"{name}_se"] > 0
+    assert set(values) - set(alone) == {f"frechet_distance_ema_{w}{se}" for w in ("0", "0.05") for se in ("", "_se")}
+    rows = [line for line in Path("results/evaluate/card.md").read_text().splitlines() if line not in page]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| Fréchet distance, live weights", "| Fréchet distance, averaged weights of width 0.05",
+    ]  # fmt: skip
+    assert f"{values['frechet_distance_ema_0']} ± " in rows[0]
+
+
+def test_drawing_by_other_averages_resumes_where_it_was_killed(averages, monkeypatch):
+    values = run(*LIVE)
+    draws, kept, left = [], ResumeState.kept, 0
+
+    def killed(self, name, compute):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return kept(self, name, lambda: (draws.append(name), compute())[1])
+
+    monkeypatch.setattr(ResumeState, "kept", killed)
+    for batches in range(1, 40, 3):
+        left = batches
+        with suppress(KeyboardInterrupt):
+            assert run(*LIVE) == values
+            break
+    assert left >= 0
+    assert batches > 5  # it was killed on the way
+    images = [name for name in draws if "-images-" in name]
+    assert len(images) == len(set(images)) == 2 * 3
+    assert len(draws) == len(set(draws))
+
+
+def test_an_average_that_the_folder_lacks_is_refused_before_any_work(averages):
+    Path("models/ddpm/unet/diffusion_pytorch_model.live.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^params\.yaml: evaluate\.ema_widths = 0\.0: .*; leave it out$"):
+        run(*LIVE)
+    assert not Path(".state").exists()
 
 
 def test_without_a_curve_the_headline_is_its_one_point(inside):

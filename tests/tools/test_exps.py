@@ -7,6 +7,7 @@ from PIL import Image
 from scipy import stats
 
 from tests.tools.conftest import A, B
+from tests.tools.repository import Repository
 from tools import exps
 from tools.common.experiments import Group, Run
 from tools.common.ranking import beside_the_best, ranked
@@ -84,13 +85,30 @@ def row(text: str, name: str) -> str:
 @pytest.mark.process
 def test_seeds_are_one_row_with_mean_standard_error_and_n(repository, monkeypatch, capsys):
     text = printed(repository, monkeypatch, capsys)
-    assert "0.0505 ± 0.0006" in row(text, "main +3") and row(text, "main +3").split("0.0505")[0].split()[-1] == "4"
+    assert "0.05050 ± 0.00065" in row(text, "main +3") and row(text, "main +3").split("0.0505")[0].split()[-1] == "4"
     assert row(text, "main +3").rstrip().endswith("best")
     assert row(text, "b").rstrip().endswith("worse")
     assert row(text, "lucky").rstrip().endswith("one run: not known")
     assert "2 draws" in row(text, "ddpm")
     assert "code.py" in row(text, "code")
     assert "p, by" not in text
+    assert "± is, of several runs, the standard error of their mean\n" in text
+
+
+@pytest.mark.process
+def test_one_run_has_the_error_of_its_evaluation_and_a_note_says_which_is_which(tmp_path, monkeypatch, capsys):
+    made = Repository(tmp_path / "repository")
+    for seed in (1, 2):
+        made.experiment(f"s{seed}", {"frechet_distance": 0.05 + seed / 100}, train__seed=seed)
+    numbers = {"frechet_distance": 0.0712, "frechet_distance_se": 0.0034, "recall": 0.8, "recall_se": 0.012}
+    made.experiment("one", numbers, optimizer__lr=0.02)
+    text = printed(made, monkeypatch, capsys)
+    assert "0.0712 ± 0.0034" in row(text, "one") and "0.800 ± 0.012" in row(text, "one")
+    assert "0.0600 ± 0.0058" in row(text, "main +2")
+    note = "± is, of several runs, the standard error of their mean; of one run, its own: over its samples and held-out"
+    assert note in text
+    text = printed(made, monkeypatch, capsys, "--runs")
+    assert "0.0712 ± 0.0034" in row(text, "one") and "± is, of one run, its own: over its samples" in text
 
 
 @pytest.mark.process

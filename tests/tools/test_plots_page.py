@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import ROOT
-from tools.plots_page import MOST_POINTS, thin, thinned, write
+from tools.plots_page import MOST_POINTS, table, thin, thinned, write
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LOSS = "results/train/plots/metrics/loss.tsv"
@@ -45,6 +45,12 @@ def test_only_the_curves_of_dvclive_are_thinned():
     data = {LOSS: {"data": curve}, "results/evaluate/fd_by_nfe.json": {"data": curve}}
     assert thin({"main": {"sources": {"data": data}}}) == {LOSS: 2 * MOST_POINTS}
     assert len(data[LOSS]["data"]) <= MOST_POINTS and data["results/evaluate/fd_by_nfe.json"]["data"] is curve
+
+
+def test_a_number_stands_with_its_error_in_one_cell():
+    trees = {"a": {"recall": 0.85, "recall_se": 0.0123}, "b": {"recall": 0.9}, "c": {}}
+    (row,) = table(trees, ["recall"])
+    assert row == {"name": "recall", "values": {"a": "0.850 ± 0.012", "b": "0.9000"}}
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ddpm.errors import UserError
+from tests.conftest import ROOT, composed
 from tools.common.runs import CURVE, Experiments, points, reason_in
 
 
@@ -36,6 +38,19 @@ def test_a_curve_is_read_while_it_is_written(tmp_path, monkeypatch):
     (tmp_path / "run" / CURVE).write_text("step\theld_out_loss\n10\t0.5\n20\tnan\n30\t0.25\n40\t0.")
     assert points("s-0-s0") == [(10, 0.5), (30, 0.25)]
     assert points("s-0-s1") == []
+
+
+def test_the_curve_that_a_search_reads_is_the_one_that_the_stage_train_writes(tmp_path, monkeypatch):
+    plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["plots"]
+    assert str(CURVE) in [name for plot in plots if isinstance(plot, dict) for name in plot]
+    monkeypatch.chdir(tmp_path)
+    Path(".dvc/tmp/exps/run/a").mkdir(parents=True)
+    Path(".dvc/tmp/exps/run/a/a.run").write_text(json.dumps({"name": "s-0-s0", "root_dir": str(ROOT)}))
+    found = points("s-0-s0")  # the committed one
+    steps, losses = zip(*found, strict=True)
+    assert len(found) == len((ROOT / CURVE).read_text().splitlines()) - 1 > 5
+    assert list(steps) == sorted(set(steps)) and steps[-1] == composed()["train"]["steps"]
+    assert losses[-1] == json.loads((ROOT / "results/train/metrics.json").read_text())["held_out_loss"] < losses[0]
 
 
 @pytest.mark.process

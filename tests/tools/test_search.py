@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,35 @@ def test_a_search_runs_its_budget_with_every_seed_and_then_nothing(clone):
     clone.ask(trials=3)
     assert clone.search()[0] == 0
     assert clone.log("begin") == Counter(names(3)), "a larger budget goes on"
+
+
+@pytest.mark.process
+def test_the_slurm_array_of_the_docs_shares_a_search_between_its_tasks(clone, tmp_path):
+    """Its script as it stands, but for the storage, with what Slurm sets: two tasks at once."""
+    (text,) = re.findall(r"```\n(#!/bin/bash\n#SBATCH --array.*?)```", (ROOT / "docs/search.md").read_text(), re.DOTALL)
+    home, script = tmp_path / "my home", tmp_path / "array.sh"
+    script.write_text(text.replace("postgresql://me@host/searches", f"'{tmp_path}/journal'"))
+    assert f"'{tmp_path}/journal'" in script.read_text()
+    clone.ask(remote="origin")
+    clone.git("commit", "-qam", "A search")
+    clone.git("clone", "-q", "--bare", ".", str(home / "ddpm.git"))
+    programs = home / "ddpm/.venv/bin"
+    programs.mkdir(parents=True)
+    (tmp_path / "bin/dvc").rename(programs / "dvc")
+    for name, command in (("python", f'"{sys.executable}" "$@"'), ("srun", '"$@"')):
+        (programs / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "scratch/search-1.new").mkdir(parents=True)  # of a task that was killed while it cloned
+    own = {"HOME": str(home), "SCRATCH": str(tmp_path / "scratch")}
+
+    def task(number: int) -> subprocess.Popen:
+        return subprocess.Popen(["bash", script], env=clone.env | own | {"SLURM_ARRAY_TASK_ID": str(number)})
+
+    tasks = [task(0), task(1)]
+    assert [each.wait() for each in tasks] == [0, 0]
+    assert clone.log("begin") == Counter(names(2))
+    command = ["git", "-C", str(home / "ddpm.git"), "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps"]
+    assert sorted(subprocess.check_output(command, text=True).split()) == names(2)
 
 
 @pytest.mark.process

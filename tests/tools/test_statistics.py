@@ -21,7 +21,13 @@ def test_values_without_any_spread_are_not_tested():
 
 def test_the_standard_error_divides_by_n_minus_one():
     assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
-    assert number([1.0, 3.0]) == "2.0000 ± 1.0000"
+    assert number([1.0, 3.0]) == "2.0 ± 1.0"
+
+
+def test_the_decimals_follow_from_the_error_and_one_value_has_its_own():
+    assert number([0.0505, 0.0493], 9.0) == "0.04990 ± 0.00060"
+    assert number([0.0505], 0.003) == "0.0505 ± 0.0030"
+    assert number([12.3456], 1.24) == "12.3 ± 1.2"
 
 
 def test_the_difference_is_b_minus_a_with_scipys_p_and_its_interval():

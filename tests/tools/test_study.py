@@ -68,6 +68,15 @@ def test_workers_at_once_take_the_budget_once_and_no_settings_twice(tmp_path):
     assert len(done.trials()) == 12 and all(t.state == TrialState.COMPLETE for t in done.trials())
 
 
+def test_a_space_of_choices_is_tried_whole_though_one_of_them_is_by_far_the_best():
+    space = {"optimizer.lr": {"choices": [i / 1000 for i in range(1, 25)]}}
+    mine = study(optuna.storages.InMemoryStorage(), trials=20, space=space)
+    while trial := mine.next():
+        value = abs(float(trial.params["optimizer.lr"]) - 0.01)
+        mine.finish(trial, [value, value])
+    assert len(mine.trials()) == 20
+
+
 def test_the_value_of_a_trial_is_the_mean_over_its_seeds():
     made = study(optuna.storages.InMemoryStorage())
     made.finish(made.next(), [1.0, 2.0])
@@ -100,20 +109,15 @@ def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(address
     assert "secret" not in str(fault.value) and "\n" not in str(fault.value)
 
 
-def hopeless(losses: list[dict[int, float]], mine: dict[int, float], **params: str) -> bool:
+def hopeless(losses, mine, name: str = "diffusion.prediction", value: str = "first") -> bool:
     made = optuna.create_study(pruner=Pruner(after=3, share=0.5))
-    choices = {"diffusion.prediction": optuna.distributions.CategoricalDistribution(["v", "epsilon"])}
+    choices = {name: optuna.distributions.CategoricalDistribution(["first", "second"])}
     for points in losses:
         made.add_trial(
-            create_trial(
-                value=0.0, params={"diffusion.prediction": "v"}, distributions=choices, intermediate_values=points
-            )
+            create_trial(value=0.0, params={name: "first"}, distributions=choices, intermediate_values=points)
         )
     frozen = create_trial(
-        state=TrialState.RUNNING,
-        params={"diffusion.prediction": params.get("prediction", "v")},
-        distributions=choices,
-        intermediate_values=mine,
+        state=TrialState.RUNNING, params={name: value}, distributions=choices, intermediate_values=mine
     )
     return Pruner(after=3, share=0.5).prune(made, frozen)
 
@@ -136,5 +140,7 @@ def test_a_point_between_two_of_the_others_is_compared_with_the_one_before():
     assert not hopeless(CURVES, {30: 0.5})
 
 
-def test_losses_of_another_kind_of_prediction_are_no_measure():
-    assert not hopeless(CURVES, {40: 9.0}, prediction="epsilon")
+@pytest.mark.parametrize("name", ["diffusion.prediction", "train.weighting", "train.noise_coupling"])
+def test_losses_on_another_scale_are_no_measure(name):
+    assert hopeless(CURVES, {40: 9.0}, name, "first")
+    assert not hopeless(CURVES, {40: 9.0}, name, "second")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.process
 def test_a_clear_difference_is_stated_with_its_interval(repository, monkeypatch, capsys):
     text = paragraph(repository, monkeypatch, capsys, "main", "b2")
     assert text.startswith("From main to b2, this changed: optimizer.lr (0.002 → 0.02). b2 is worse than main: ")
-    assert "0.0505 ± 0.0006 (n = 4) → 0.0910 ± 0.0011 (n = 4), a difference of +0.0405 (95 % interval +0.0" in text
+    assert "0.05050 ± 0.00065 (n = 4) → 0.0910 ± 0.0011 (n = 4), a difference of +0.0405 (95 % interval +0.0" in text
     assert "Not known, with the seeds that would settle it: recall 0.8200 ± 0.0058" in text
     back = paragraph(repository, monkeypatch, capsys, "b2", "a1")
     assert "a1 is better than b2" in back and "a difference of -0.0405" in back

@@ -150,6 +150,10 @@ class Group:
             return trainings[0]
         return [mean(values) for values in trainings]
 
+    def error(self, metric: str) -> float | None:
+        """The standard error that the evaluation gives a run's metric; of the first run that has the metric."""
+        return next((run.metrics.get(f"{metric}_se") for run in self.runs if metric in run.metrics), None)
+
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
     """The finished runs in groups that differ in seeds alone: all other parameters, code and data are equal."""

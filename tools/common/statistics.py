@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddpm.evaluation.card import measured
+
 LEVEL = 0.05  # of every test; intervals hold 1 - LEVEL
 POWER = 0.8  # with which the seeds that `seeds_needed` asks for settle a difference
 MOST_SEEDS = 1000  # beyond which a difference is called too small to settle
@@ -22,10 +24,16 @@ def standard_error(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def number(values: Sequence[float]) -> str:
-    """Mean ± standard error, as a table shows them; empty for no value."""
-    error = standard_error(values)
-    return "" if not values else f"{mean(values):.4f}" + ("" if error is None else f" ± {error:.4f}")
+def number(values: Sequence[float], own: float | None = None) -> str:
+    """Mean ± standard error, as a table shows them: with as many decimals as the error has; empty for no value.
+
+    Args:
+        own: the standard error of a single value by itself, if it is known.
+    """
+    if not values:
+        return ""
+    error = standard_error(values) if len(values) > 1 else own
+    return measured({"": mean(values)} | ({} if error is None else {"_se": error}), "")
 
 
 class Difference(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.pruners import BasePruner
-from optuna.samplers import TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -27,8 +27,10 @@ HOPELESS = 0.75  # a trial whose loss is worse than this share of the others' is
 MOST_ATTEMPTS = 10  # to open a database in which other workers make the tables
 CONNECTION = {"pool_pre_ping": True}  # a run takes longer than an idle connection may last
 MOST_PROPOSALS = 50  # settings in a row that were tried already: the space has no others, or nearly so
-# Losses under different ones of these are on different scales
-SCALES = ("diffusion", "dataset", "train.weighting")
+MODEL_PROPOSALS = 10  # of them from Optuna's model, which proposes the best of a few choices again and again
+# Losses under different ones of these are on different scales: a network that has learned assigned noise knows the
+# independent noise of the held-out loss less well
+SCALES = ("diffusion", "dataset", "train.weighting", "train.noise_coupling")
 
 
 def open_storage(address: str) -> BaseStorage:
@@ -127,7 +129,8 @@ class Study:
         )
         # another seed for each worker and each start: the same draws again would be settings that were tried already
         seed = derive(0, "search", *worker.encode(), len(self.study.get_trials(deepcopy=False)))
-        self.study.sampler = TPESampler(seed=seed % 2**32, multivariate=True)
+        self._samplers = TPESampler(seed=seed % 2**32, multivariate=True), RandomSampler(seed=seed % 2**32)
+        self.study.sampler = self._samplers[0]
         self._agree({"search": json.dumps(search.decisive(), sort_keys=True), "origin": origin})
 
     def _agree(self, facts: dict[str, str]) -> None:
@@ -171,7 +174,8 @@ class Study:
         Each worker first writes its trial and then looks at those of the others, so that at least one of two that came
         to the same settings, or to the last place of the budget, sees the other and withdraws.
         """
-        for _ in range(MOST_PROPOSALS):
+        for proposal in range(MOST_PROPOSALS):
+            self.study.sampler = self._samplers[proposal >= MODEL_PROPOSALS]
             if len(self.trials()) >= self.search.trials:
                 return None
             trial = self._create()
