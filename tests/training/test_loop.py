@@ -154,6 +154,24 @@ def test_no_memory_left_is_reported_with_the_settings_that_help(tmp_path, monkey
         run(tmp_path)
 
 
+def test_a_run_without_memory_resumes_in_the_same_bytes(tmp_path, monkeypatch):
+    saves = "train.save_every_seconds=1e-9"
+    whole, _ = run(tmp_path, saves)
+    original, steps = GaussianDiffusion.losses, []
+
+    def losses(*arguments):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(*arguments)
+
+    monkeypatch.setattr(GaussianDiffusion, "losses", losses)
+    with pytest.raises(UserError, match=r"^out of memory: [^\n]*$"):
+        run(tmp_path, saves, name="cut")
+    resumed, _ = run(tmp_path, saves, name="cut")
+    assert len(steps) < 20 and same(whole, resumed)
+
+
 def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
     images = np.tile(IMAGES[:4], (8, 1, 1, 1))
     length = ("train.steps=80", "train.log_every_steps=10")
@@ -318,7 +336,7 @@ def test_timesteps_are_uniform_and_noise_is_normal_at_every_step(tmp_path, train
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains(tmp_path, device, precision):
     _, curves = run(tmp_path, f"train.precision={precision}", device=device)
     assert all(math.isfinite(metrics["loss"]) for metrics in curves.logged.values())
