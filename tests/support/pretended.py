@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 ops = torch.ops.aten
+COPIES = (ops._to_copy.default, ops.copy_.default)
 READS = {  # operations that wait for the GPU, to know a value or a shape
     ops._local_scalar_dense.default,
     ops.nonzero.default,
@@ -81,25 +81,21 @@ class Gpu(TorchDispatchMode):
         self.waits: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        there = [x for x in tensors if isinstance(x, OnGpu)]
-        here = [x for x in tensors if not isinstance(x, OnGpu)]
-        asked = kwargs.get("device")
-        onto = bool(there) if asked is None else torch.device(asked).type in ("cuda", "meta")
-        if onto and asked is not None:
-            kwargs["device"] = torch.device("cpu")
-        copies = func in (ops._to_copy.default, ops.copy_.default)
+        there: list[OnGpu] = []
+        here: list[Tensor] = []
+        given, named = _held(args, there, here), {k: _held(x, there, here) for k, x in (kwargs or {}).items()}
+        onto = bool(there)
+        if (asked := named.get("device")) is not None:
+            onto = torch.device(asked).type in ("cuda", "meta")
+            named["device"] = torch.device("cpu")
         # a GPU takes a number from the CPU beside its own tensors
-        if there and not copies and any(x.ndim for x in here):
+        if there and func not in COPIES and any(x.ndim for x in here):
             raise WrongDeviceError(f"{func}: tensors on cuda:0 and on cpu: {[tuple(x.shape) for x in here]}")
         if there or onto:
-            self._count_waits(func, args, kwargs, there, here, onto)
-        out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-        if not onto:
-            return out
-        own = {id(x.held): x for x in there}  # what was changed in place is given back
-        return tree_map(lambda x: own.get(id(x), x) if id(x) in own or not isinstance(x, Tensor) else OnGpu(x), out)
+            self._count_waits(func, given, named, there, here, onto)
+        out = func(*given, **named)
+        # what was changed in place is given back
+        return _placed(out, {id(x.held): x for x in there}) if onto else out
 
     def _count_waits(
         self, func: Any, args: Any, kwargs: dict[str, Any], there: list[OnGpu], here: list[Tensor], onto: bool
@@ -113,8 +109,21 @@ class Gpu(TorchDispatchMode):
             self.waits.append(str(func))
 
 
-def _held(x: Any) -> Any:
-    return x.held if isinstance(x, OnGpu) else x
+def _held(x: Any, there: list[OnGpu], here: list[Tensor]) -> Any:
+    """The argument of an operation with the CPU's tensors in it; adds the tensors to the lists of their device."""
+    if isinstance(x, OnGpu):
+        there.append(x)
+        return x.held
+    if isinstance(x, Tensor):
+        here.append(x)
+    return type(x)([_held(one, there, here) for one in x]) if type(x) in (list, tuple) else x
+
+
+def _placed(x: Any, own: dict[int, OnGpu]) -> Any:
+    """The result of an operation on the GPU."""
+    if isinstance(x, Tensor):
+        return own[id(x)] if id(x) in own else OnGpu(x)
+    return type(x)([_placed(one, own) for one in x]) if type(x) in (list, tuple) else x
 
 
 def _pinned(self: Tensor, *_: Any) -> Tensor:
