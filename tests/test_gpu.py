@@ -178,6 +178,28 @@ def test_every_pair_of_settings_keeps_to_its_device_and_never_waits(tmp_path, mo
     assert np.isfinite(bound.bits_per_dim)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("row", every_pair(), ids=itertools.count())
+def test_every_pair_of_settings_runs_on_a_real_gpu_and_never_waits(tmp_path, monkeypatch, row):
+    """The driver itself refuses a wait within a step, where none is expected."""
+    params, original = params_of(row), Training.optimizer_step
+
+    def step(self, images, labels):
+        torch.cuda.set_sync_debug_mode("default" if expected_waits(params) else "error")
+        try:
+            original(self, images.pin_memory(), labels.pin_memory())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(held_out, "DRAWS", 4)
+    monkeypatch.setattr(Training, "optimizer_step", step)
+    with pytest.raises(Interrupted):
+        training(tmp_path, params, stop_at=2)
+    _, averages = training(tmp_path, params)
+    assert all(weight.isfinite().all() and weight.is_cuda for weight in averages[0.1].parameters())
+
+
 PLAIN = ("sample=ddpm", "optimizer=adam", "train.channels_last=false", "train.precision=fp32", "train.ema_widths=[0.1]")
 
 

@@ -22,7 +22,7 @@ from ddpm.training import held_out, loop
 from tests.conftest import composed, small_unet
 from tests.support.training import IMAGES, NAMES, SHALLOW, TWO_CLASSES, same, split_of, train, train_all
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 STILL = SHALLOW | {"dropout": 0.0}
 run = partial(train, network=SHALLOW)
 
