@@ -57,7 +57,7 @@ test-remote: $(VENV)/.remote ## The tests against real servers, started on this 
 bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/
 	python -m benchmarks
 
-gpu: $(VENV)/.bench ## Show everything on this GPU in 25 minutes: benchmarks/results/gpu/; IMAGES=<folder> for the last third of them
+gpu: $(VENV)/.bench ## Show all of it on this GPU, in 25 minutes: benchmarks/results/gpu/; IMAGES=<folder> adds a training on them
 	python -m benchmarks.gpu $(if $(IMAGES),--images '$(IMAGES)',tests resume processes training_step samples)
 
 verify: $(VENV)/.dev ## Run the pipeline again in a scratch clone: does each stage give the committed bytes?

@@ -135,7 +135,7 @@ def speedrun(arguments: argparse.Namespace) -> dict[str, Any]:
     common += [f"train.steps={planned['steps']}", f"train.warmup_steps={planned['steps'] // 20}"]
     out = finish(stage(folder, "train", *common), LIMIT - (time.monotonic() - began))
     (folder / "common.json").write_text(json.dumps(common))
-    return planned | {"printed": out.strip().splitlines()[-1], "network": "the paper's" if not arguments.quick else ""}
+    return planned | {"printed": out.strip().splitlines()[-1]}
 
 
 def judge(arguments: argparse.Namespace) -> dict[str, Any]:
