@@ -36,7 +36,7 @@ CLASSES = ["0", "1", "2"]
 INFO = {"shape": [8, 8, 1], "classes": CLASSES}
 IMAGES = Images(np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8), np.arange(16) % 3)
 TINY = ("model.base_channels=8", "model.norm_groups=4", "model.attention=[false,true]", "train.batch_size=8")
-LENGTH = ("train.steps=4", "train.warmup_steps=1", "train.log_every_steps=1", "train.held_out_every_epochs=1")
+LENGTH = ("train.steps=2", "train.warmup_steps=1", "train.log_every_steps=1", "train.held_out_every_epochs=1")
 OFTEN = (
     "train.preview_every_epochs=1",
     "sample.steps=3",
@@ -155,9 +155,9 @@ def test_every_pair_of_settings_keeps_to_its_device_and_never_waits(tmp_path, mo
 
     monkeypatch.setattr(Training, "optimizer_step", step)
     with pytest.raises(Interrupted):
-        training(tmp_path, params, stop_at=2)
+        training(tmp_path, params, stop_at=1)
     setup, averages = training(tmp_path, params)
-    assert waits == [expected_waits(params)] * 4
+    assert waits == [expected_waits(params)] * 2
 
     network, diffusion = averages[params.train.ema_widths[0]], setup.diffusion
 
@@ -195,7 +195,7 @@ def test_every_pair_of_settings_runs_on_a_real_gpu_and_never_waits(tmp_path, mon
     monkeypatch.setattr(held_out, "DRAWS", 4)
     monkeypatch.setattr(Training, "optimizer_step", step)
     with pytest.raises(Interrupted):
-        training(tmp_path, params, stop_at=2)
+        training(tmp_path, params, stop_at=1)
     _, averages = training(tmp_path, params)
     assert all(weight.isfinite().all() and weight.is_cuda for weight in averages[0.1].parameters())
 
@@ -270,7 +270,7 @@ def test_a_tensor_that_is_planted_on_the_wrong_device_is_found(tmp_path, monkeyp
     plant(monkeypatch)
     with pytest.raises(WrongDeviceError, match=r"tensors on cuda:0 and on cpu"):
         with pytest.raises(Interrupted):  # a fault before it passes
-            training(tmp_path, params, stop_at=2)
+            training(tmp_path, params, stop_at=1)
         training(tmp_path, params)
 
 
