@@ -12,8 +12,9 @@ METRIC ?=
 P ?=
 RUNS ?=
 SEARCH ?=
+IMAGES ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -59,6 +60,9 @@ test-remote: $(VENV)/.remote ## The tests against real servers, started on this 
 
 bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/
 	python -m benchmarks
+
+gpu: $(VENV)/.bench ## Show all of it on this GPU, in 25 minutes: benchmarks/results/gpu/; IMAGES=<folder> adds a training on them
+	python -m benchmarks.gpu $(if $(IMAGES),--images '$(IMAGES)',tests resume processes training_step samples)
 
 verify: $(VENV)/.dev ## Run the pipeline again in a scratch clone: does each stage give the committed bytes?
 	python -m tests.robustness.verify

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.workers import Tell, cost, repeat
 from ddpm.config.load import check
@@ -34,10 +34,15 @@ def environment(reproducible: bool) -> dict[str, str]:
     return REPRODUCIBLE_ENVIRONMENT if reproducible else {}
 
 
-def params(*overrides: str) -> Params:
+def composed(*overrides: str) -> DictConfig:
     """What conf/ composes, with changes as `dvc exp run -S` takes them."""
     with initialize_config_dir(str(CONF), version_base=None):
-        return check(OmegaConf.to_container(compose("config", overrides=["tracking.wandb=disabled", *overrides])))
+        return compose("config", overrides=["tracking.wandb=disabled", *overrides])
+
+
+def params(*overrides: str) -> Params:
+    """The same, checked."""
+    return check(OmegaConf.to_container(composed(*overrides)))
 
 
 def _network(p: Params, size: int, channels: int) -> Any:

@@ -1,8 +1,11 @@
 import json
+import os
+import signal
+import sys
 
 import pytest
 
-from benchmarks import distances, growth, report, whole
+from benchmarks import distances, gpu, growth, report, whole
 from benchmarks.__main__ import MEASUREMENTS
 from tests.conftest import ROOT
 
@@ -52,3 +55,30 @@ def test_a_cell_measures_the_functions_of_the_stage(part, tmp_path):
     assert told[0] == "ready"
     assert told[1]["seconds"] > 0
     assert told[1]["mib"] > 1
+
+
+def test_the_page_of_a_gpu_holds_what_was_finished_and_what_was_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    facts = {"machine": {"GPU": "a fast one"}, "quick": False, "seconds": 12.0}
+    (tmp_path / "resume.json").write_text(json.dumps(facts | {"same": True}))
+    (tmp_path / "speedrun.json").write_text(json.dumps(facts | {"fault": "stopped after 540 s"}))
+    (tmp_path / "judge.json").write_text(json.dumps(facts | {"extractor": "pixels", "metrics": {"kid": 0.5}}))
+    page = gpu.page()
+    for line in ("GPU: a fast one; 12 s.", "- same: True", "Not finished: stopped after 540 s", "| kid | 0.5 |"):
+        assert line in page
+    assert "tests" not in page
+
+
+def test_a_step_that_fails_leaves_its_fault_and_the_next_one_runs(tmp_path, monkeypatch):
+    def broken(_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "STEPS", {"one": broken, "two": lambda _: {"fine": 1}})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--quick"])
+    monkeypatch.setattr(gpu.os, "environ", os.environ | {})
+    previous = signal.getsignal(signal.SIGALRM)
+    gpu.main()
+    signal.signal(signal.SIGALRM, previous)
+    assert json.loads((tmp_path / "one.json").read_text())["fault"] == "no such kernel"
+    assert "- fine: 1" in (tmp_path / "README.md").read_text()

@@ -134,7 +134,7 @@ class Train(Section):
     ema_widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
     flip: bool
     transforms: list[dict[str, Any]]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: AutoBool
     compile: AutoBool
     activation_checkpointing: bool

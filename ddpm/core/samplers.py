@@ -84,7 +84,10 @@ def normal(
 ) -> Tensor:
     """One standard normal draw of `shape` from each generator: float32 (B, *shape)."""
     draws = [g.standard_normal(shape, dtype=np.float32) for g in generators]
-    return torch.from_numpy(np.stack(draws)).to(device)
+    values = torch.from_numpy(np.stack(draws))
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()  # without it the CPU would wait for the GPU's work before this copy
+    return values.to(device, non_blocking=True)
 
 
 class ImageNoise:

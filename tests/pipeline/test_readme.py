@@ -240,6 +240,7 @@ def dry_run(printed: str) -> Verified:
 
 LONG = {
     "bench": "python -m benchmarks",
+    "gpu": "python -m benchmarks.gpu",
     "kills": "python -m tests.robustness.kills",
     "lock": "uv pip compile",
     "test-remote": "pytest -m remote",
@@ -390,6 +391,7 @@ SAID = {
 }
 ELSEWHERE = {
     "python -m benchmarks.distances": "test_benchmarks.py",
+    "python -m benchmarks.gpu <step>": "test_benchmarks.py",
     "make states ADOPT=<name>": "../runtime/test_resume.py",
     "make verdict": "../tools/test_verdict.py",
     "dvc exp push": "pipeline/test_search.py",
