@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.workers import Tell, cost, repeat
 from ddpm.config.load import check
@@ -34,10 +34,15 @@ def environment(reproducible: bool) -> dict[str, str]:
     return REPRODUCIBLE_ENVIRONMENT if reproducible else {}
 
 
-def params(*overrides: str) -> Params:
-    """What conf/ composes, with changes as `dvc exp run -S` takes them."""
+def composed(*overrides: str) -> DictConfig:
+    """What conf/ composes, with changes as `dvc exp run -S` takes them: the content of params.yaml."""
     with initialize_config_dir(str(CONF), version_base=None):
-        return check(OmegaConf.to_container(compose("config", overrides=["tracking.wandb=disabled", *overrides])))
+        return compose("config", overrides=["tracking.wandb=disabled", *overrides])
+
+
+def params(*overrides: str) -> Params:
+    """The same, checked."""
+    return check(OmegaConf.to_container(composed(*overrides)))
 
 
 def _network(p: Params, size: int, channels: int) -> Any:
@@ -207,3 +212,23 @@ def drawing(tell: Tell, count: int) -> None:
     model = _network(p, 8, 1).to(device).eval()
     diffusion = _diffusion(p, device)
     repeat(tell, lambda: draw(model, diffusion, p.sample), 1)
+
+
+def stored(tell: Tell, folder: str, steps: int, overrides: list[str]) -> None:
+    """Turns of so many steps of the training loop on the prepared data of a folder."""
+    from ddpm.data.prepared import Prepared
+
+    p = params(
+        *overrides,
+        f"train.log_every_steps={steps}",
+        "train.steps=1000000",
+        "train.save_every_seconds=1e9",  # its clock would also run while the others take their turns
+    )
+    since = time.perf_counter()
+
+    def turn() -> None:
+        nonlocal since
+        tell(cost(since, steps))
+        since = time.perf_counter()
+
+    _train(p, Prepared(Path(folder) / "data/prepared").train.images, turn)
