@@ -77,6 +77,8 @@ def steps(network: str, size: int, batch: int, checkpointing: bool, precision: P
 
     p = ours.params(
         f"model={network}",
+        "dataset=folder",
+        f"dataset.image_size={size}",
         *NETWORKS[network, size],
         "optimizer=adam",
         "diffusion=linear",

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -30,15 +30,15 @@ from benchmarks.report import table
 from benchmarks.workers import Contender, alternate
 
 ROOT = Path(__file__).parents[1]
-SIZE, BLOCK = 64, 2_000
-TURNS, TURN_STEPS = 8, 40
+SIZE, BLOCK, HELD_OUT = 64, 2_000, 10_000
+STARTS, TURNS, TURN_STEPS = 3, 8, 6
 TINY = [  # so small that reading the images is a part of the time that would be seen
     "dataset=folder",
     "dataset.image_size=64",
     "model.base_channels=8",
     "model.channel_multipliers=[1,1,1,1]",
     "model.attention=[false,false,false,false]",
-    "train.batch_size=64",
+    "train.batch_size=16",
     "runtime.threads=1",
     "train.preview_every_epochs=0",
     "train.held_out_every_epochs=1000",
@@ -55,10 +55,10 @@ EXTRACTOR = [
 
 
 def make(folder: Path, count: int) -> None:
-    """Prepared data of `count` random training images and a hundredth as many held-out ones, where there is none."""
+    """Prepared data of `count` random training images and HELD_OUT others, where there is none."""
     if (prepared := folder / "data/prepared").exists():
         return
-    counts, content, rng = {"train": count, "test": count // 100}, hashlib.sha256(), np.random.default_rng(0)
+    counts, content, rng = {"train": count, "test": HELD_OUT}, hashlib.sha256(), np.random.default_rng(0)
     for split, n in counts.items():
         (prepared / split).mkdir(parents=True)
         images = np.lib.format.open_memmap(prepared / split / "images.npy", "w+", np.uint8, (n, SIZE, SIZE, 3))
@@ -72,8 +72,8 @@ def make(folder: Path, count: int) -> None:
     (prepared / "dataset.json").write_text(json.dumps(info | {"broken": 0, "sha256": content.hexdigest()}))
 
 
-def _weights(folder: Path) -> Path:
-    """Random weights of a small extractor."""
+def settings(folder: Path) -> list[str]:
+    """TINY, with an extractor of random weights."""
     if not (path := folder / "weights.safetensors").exists():
         import timm
         import torch
@@ -81,7 +81,7 @@ def _weights(folder: Path) -> Path:
 
         torch.manual_seed(0)
         save_file(timm.create_model("test_vit", pretrained=False).state_dict(), path)
-    return path
+    return [*TINY, *EXTRACTOR, f"evaluate.weights={path}"]
 
 
 class Stage:
@@ -93,8 +93,7 @@ class Stage:
     """
 
     def __init__(self, folder: Path, stage: str, *overrides: str) -> None:
-        weights = f"evaluate.weights={_weights(folder)}"
-        (folder / "params.yaml").write_text(OmegaConf.to_yaml(ours.composed(*TINY, *EXTRACTOR, weights, *overrides)))
+        (folder / "params.yaml").write_text(OmegaConf.to_yaml(ours.composed(*overrides)))
         env = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "DVC_ROOT": str(folder)}
         self.out, self.anonymous, self._began = "", 0.0, time.perf_counter()
         self._process = subprocess.Popen(
@@ -146,42 +145,65 @@ class Stage:
 
 def first_step(folder: Path, seed: int) -> dict[str, float]:
     """Start a training, let it run for some seconds, and stop it: seconds to the first step, memory."""
-    stage = Stage(folder, "train", f"train.seed={seed}", "train.steps=100000").until("first step after")
-    seconds = float(stage.out.rpartition("first step after ")[2].split()[0])
+    stage = Stage(folder, "train", *settings(folder), f"train.seed={seed}", "train.steps=100000")
+    seconds = float(stage.until("first step after").out.rpartition("first step after ")[2].split()[0])
     time.sleep(5)
     stage.stop()
     return {"first step, s": seconds, "anonymous MiB": stage.anonymous}
 
 
-def stages(folder: Path) -> dict[str, dict[str, float]]:
-    """The cost of each start and of each stage."""
-    for kept in (".cache", ".state"):
+def measure(folders: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
+    """The cost of each start and of an evaluation, the sets in turns; of several starts the median."""
+    for folder, kept in product(folders.values(), (".cache", ".state")):
         shutil.rmtree(folder / kept, ignore_errors=True)
-    rows = {
-        "train, first start: all is read": first_step(folder, 0),
-        "train, next start": first_step(folder, 1),
-        "train, resumed": first_step(folder, 1),
+    turns: list[dict[str, dict[str, dict[str, float]]]] = [{} for _ in range(STARTS)]
+    for seed, turn in enumerate(turns):
+        for name, folder in folders.items():
+            turn[name] = {"train, first start: all is read": first_step(folder, 0)} if seed == 0 else {}
+            turn[name] |= {"train, next start": first_step(folder, 1 + seed)}
+            turn[name] |= {"train, resumed": first_step(folder, 1 + seed)}
+    found = {
+        name: {
+            what: {cost: statistics.median(turn[name].get(what, costs)[cost] for turn in turns) for cost in costs}
+            for what, costs in turns[0][name].items()
+        }
+        for name in folders
     }
-    shutil.rmtree(folder / ".state")
-    Stage(folder, "train", "train.steps=2", "train.warmup_steps=1", "train.log_every_steps=2").end()
-    Stage(folder, "sample").end()
-    return rows | {"evaluate": Stage(folder, "evaluate").end()}
+    for name, folder in folders.items():
+        short = ("train.steps=2", "train.warmup_steps=1", "train.log_every_steps=2")
+        Stage(folder, "train", *settings(folder), *short).end()
+        Stage(folder, "sample", *settings(folder), *short).end()
+        found[name]["evaluate"] = Stage(folder, "evaluate", *settings(folder), *short).end()
+    return found
+
+
+def _compared(answers: dict[str, list[dict[str, float]]], what: str) -> dict[str, float]:
+    small, large = ([turn["seconds"] for turn in turns] for turns in answers.values())
+    return {
+        f"small, ms per {what}": 1000 * statistics.median(small),
+        f"large, ms per {what}": 1000 * statistics.median(large),
+        "ratio": statistics.median(b / a for a, b in zip(small, large, strict=True)),
+    }
+
+
+def reading(folders: dict[str, Path]) -> dict[str, float]:
+    """As `ratios`, of a batch of 64 images alone, without a network."""
+    common = {"batch": 64, "steps": 100}
+    contenders = [
+        Contender(name, "benchmarks.ours:reading", common | {"images": f"{folder}/data/prepared/train/images.npy"})
+        for name, folder in folders.items()
+    ]
+    return _compared(alternate(contenders, [None] * 3 * TURNS), "batch")
 
 
 def ratios(folders: dict[str, Path]) -> dict[str, float]:
     """Seconds per step of each, in turns of one run; the median of the ratios to the small set in the same turn."""
-    settings = {"steps": TURN_STEPS, "overrides": [*TINY, "runtime.threads=1"]}
+    common = {"steps": TURN_STEPS, "overrides": TINY}
     contenders = [
-        Contender(name, "benchmarks.ours:stored", settings | {"folder": str(folder)})
-        for name, folder in folders.items()
+        Contender(name, "benchmarks.ours:stored", common | {"folder": str(folder)}) for name, folder in folders.items()
     ]
     answers = alternate(contenders, [None] * TURNS)
-    small, large = ([turn["seconds"] for turn in answers[name]] for name in folders)
-    return {
-        "small, ms per step": 1000 * statistics.median(small),
-        "large, ms per step": 1000 * statistics.median(large),
-        "ratio": statistics.median(b / a for a, b in zip(small, large, strict=True)),
-    }
+    return _compared(answers, "step")
 
 
 def _write_jpegs(folder: Path, first: int, last: int) -> None:
@@ -213,12 +235,12 @@ def main() -> None:
     folder = arguments.folder.absolute()
     if arguments.files:
         make_files(folder, arguments.files)
-        print(json.dumps({"files": arguments.files} | Stage(folder, "prepare_data").end()))
+        print(json.dumps({"files": arguments.files} | Stage(folder, "prepare_data", *settings(folder)).end()))
         return
     folders = {"small": folder / "small", "large": folder / "large"}
     for place, count in zip(folders.values(), (arguments.small, arguments.count), strict=True):
         make(place, count)
-    found: dict[str, dict[str, Any]] = {name: stages(place) for name, place in folders.items()}
+    found = measure(folders)
     cells = [
         (what, cost, *(f"{found[name][what][cost]:,.1f}" for name in folders))
         for what, costs in found["small"].items()
@@ -226,6 +248,7 @@ def main() -> None:
     ]
     print(table(("", "", f"{arguments.small:,}", f"{arguments.count:,}"), cells))
     print(json.dumps(ratios(folders)))
+    print(json.dumps(reading(folders)))
 
 
 if __name__ == "__main__":
