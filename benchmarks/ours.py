@@ -5,7 +5,7 @@ torch is imported inside the functions, which run in processes of their own: som
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +190,20 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
     fill(tell, train, samples, out)
 
 
-def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
-    """Turns of so many batches from a file that is memory-mapped."""
+def batches_of(images: str | Path, batch: int) -> Iterator[Any]:
+    """Batches without end from a file that is memory-mapped."""
     from ddpm.data.batches import batches
     from ddpm.data.prepared import Images
     from ddpm.files import load_array
 
     array = load_array(images, "", "uint8", 4)
     split = Images(array, np.zeros(len(array), np.int64))
-    stream = batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
+    return batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
+
+
+def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
+    """Turns of so many batches from a file that is memory-mapped."""
+    stream = batches_of(images, batch)
     repeat(tell, lambda: next(stream), steps)
 
 
