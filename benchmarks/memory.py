@@ -151,7 +151,7 @@ def largest(gib: float, one: float, many: float) -> int:
 
 
 def page() -> str:
-    """The table."""
+    """The table; each row is printed as it is known, for it takes minutes."""
     rows = []
     for network, size in NETWORKS:
         for precision in ("fp32", "bf16"):
@@ -160,6 +160,7 @@ def page() -> str:
                 fits = (largest(card, *peaks) or "–" for card in CARDS)
                 cells = (f"{network}, {size}x{size}", precision, "yes" if checkpointing else "no")
                 rows.append((*cells, *(f"{peak:.1f}" for peak in peaks), *fits))
+                print("  ", *rows[-1], flush=True)
     head = ("network", "precision", "checkpointing", *(f"GiB at batch {batch}" for batch in BATCHES))
     return table((*head, *(f"batch in {card} GiB" for card in CARDS)), rows)
 
