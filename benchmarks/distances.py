@@ -1,8 +1,8 @@
 """What the distances of an evaluation cost: python -m benchmarks.distances [--minutes 30]
 
 Random features in place of images, and the functions that the stage evaluate calls. The cells run from the cheapest up
-for as long as the minutes last. Those that are left get an estimate that is marked as one: their number of operations at
-the rate of the largest cell of their part that ran.
+for as long as the minutes last. Those that are left get an estimate, marked as one: their number of operations at the
+rate of the largest cell of their part that ran.
 """
 
 import argparse

@@ -5,7 +5,7 @@ torch is imported inside the functions, which run in processes of their own: som
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def environment(reproducible: bool) -> dict[str, str]:
 
 
 def composed(*overrides: str) -> DictConfig:
-    """What conf/ composes, with changes as `dvc exp run -S` takes them."""
+    """What conf/ composes, with changes as `dvc exp run -S` takes them: the content of params.yaml."""
     with initialize_config_dir(str(CONF), version_base=None):
         return compose("config", overrides=["tracking.wandb=disabled", *overrides])
 
@@ -190,15 +190,20 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
     fill(tell, train, samples, out)
 
 
-def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
-    """Turns of so many batches from a file that is memory-mapped."""
+def batches_of(images: str | Path, batch: int) -> Iterator[Any]:
+    """Batches without end from a file that is memory-mapped."""
     from ddpm.data.batches import batches
     from ddpm.data.prepared import Images
     from ddpm.files import load_array
 
     array = load_array(images, "", "uint8", 4)
     split = Images(array, np.zeros(len(array), np.int64))
-    stream = batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
+    return batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
+
+
+def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
+    """Turns of so many batches from a file that is memory-mapped."""
+    stream = batches_of(images, batch)
     repeat(tell, lambda: next(stream), steps)
 
 
@@ -212,3 +217,23 @@ def drawing(tell: Tell, count: int) -> None:
     model = _network(p, 8, 1).to(device).eval()
     diffusion = _diffusion(p, device)
     repeat(tell, lambda: draw(model, diffusion, p.sample), 1)
+
+
+def stored(tell: Tell, folder: str, steps: int, overrides: list[str]) -> None:
+    """Turns of so many steps of the training loop on the prepared data of a folder."""
+    from ddpm.data.prepared import Prepared
+
+    p = params(
+        *overrides,
+        f"train.log_every_steps={steps}",
+        "train.steps=1000000",
+        "train.save_every_seconds=1e9",  # its clock would also run while the others take their turns
+    )
+    since = time.perf_counter()
+
+    def turn() -> None:
+        nonlocal since
+        tell(cost(since, steps))
+        since = time.perf_counter()
+
+    _train(p, Prepared(Path(folder) / "data/prepared").train.images, turn)

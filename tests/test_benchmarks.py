@@ -4,9 +4,11 @@ import signal
 import sys
 
 import pytest
+import torch
 
-from benchmarks import distances, gpu, growth, report, whole
+from benchmarks import distances, gpu, growth, long_run, memory, million, report, whole
 from benchmarks.__main__ import MEASUREMENTS
+from ddpm.data.prepared import Prepared
 from tests.conftest import ROOT
 
 
@@ -82,3 +84,38 @@ def test_a_step_that_fails_leaves_its_fault_and_the_next_one_runs(tmp_path, monk
     signal.signal(signal.SIGALRM, previous)
     assert json.loads((tmp_path / "one.json").read_text())["fault"] == "no such kernel"
     assert "- fine: 1" in (tmp_path / "README.md").read_text()
+
+
+def test_the_count_of_memory_is_that_of_the_tensors_that_live_at_once():
+    with memory.Peak() as peak:
+        one = torch.zeros(1000)
+        two = one + 1  # 8000 bytes live
+        view = two[10:]
+        del one, two
+        three = torch.ones(500)  # the view still holds 4000
+        del view
+    assert (peak.most, peak.now) == (8000, three.nbytes)
+
+
+def test_a_step_under_fake_tensors_counts_weights_average_gradient_and_optimizer():
+    least = 5 * 35_746_307 * 4 / memory.GIB  # Adam holds two
+    assert least < memory.counted("paper", 32, 1, False) < 1.2 * least
+
+
+def test_the_largest_batch_is_a_power_of_two_that_fits():
+    assert memory.largest(8, one=2 + 8 * 0.1, many=2 + 128 * 0.1) == 32  # 48 would fit
+    assert memory.largest(2, one=2 + 8 * 0.1, many=2 + 128 * 0.1) == 0
+
+
+def test_the_made_set_is_one_that_the_stages_take(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(million, "HELD_OUT", 3)
+    million.make(tmp_path, 5)
+    (data := Prepared(tmp_path / "data/prepared")).verify()
+    assert data.train.images.shape == (5, 64, 64, 3)
+
+
+def test_the_size_of_files_is_that_below_a_folder(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/file").write_bytes(bytes(1_000_000))
+    assert long_run.size(tmp_path) == 1

@@ -1,5 +1,6 @@
 """Prepared images as batches. Arrays are memory-mapped, so a data set may be larger than memory."""
 
+import mmap
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,21 @@ def as_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # torch wants writable memory
 
 
+def announce(images: np.ndarray, rows: np.ndarray) -> None:
+    """Ask the system for all rows of a memory-mapped array at once; nothing for an array in memory.
+
+    Read one after the other, rows that are on the disk are waited for one after the other, with 128 KiB around each:
+    for images of 64x64 eight times the bytes, and five to fifteen times the seconds.
+    """
+    if not (isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap)):
+        return
+    size, start = images[0].nbytes, images.offset % mmap.ALLOCATIONGRANULARITY
+    for row in rows.tolist():
+        begin = start + row * size
+        page = begin - begin % mmap.PAGESIZE
+        images.base.madvise(mmap.MADV_WILLNEED, page, begin + size - page)
+
+
 class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
     """Maps (passes, rows) to a batch of transformed images and its labels: which images, each in which pass over all.
 
@@ -38,6 +54,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
     def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor] | UserError:
         passes, rows = batch
         order = np.argsort(rows)  # read in the order of the file
+        announce(self.images, rows)
         images = as_tensor(self.images[rows[order]])[torch.from_numpy(np.argsort(order))]
         labels = torch.from_numpy(self.labels[rows])
         if not self.transforms.nodes:

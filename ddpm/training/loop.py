@@ -35,10 +35,22 @@ PREVIEW_IMAGES = 36  # images in each grid of a training
 PREVIEW_STEPS = 25  # DDIM steps of a preview: the more there are, the less time is left to train
 MOST_TIMES = 250  # previews of a training, so that a long one on a small folder does not fill the disk
 PREVIEW_SHARE, HELD_OUT_SHARE = 0.25, 0.05  # of the time of the training, at most
-MEMORY_ADVICE = (
-    "raise train.accumulation (the same result in smaller parts), set train.activation_checkpointing=true or "
-    "train.precision=bf16 (fp16 on a GPU without bf16), or lower train.batch_size or model.base_channels"
-)
+
+
+def memory_advice(train: Train) -> str:
+    """The settings to change where memory runs out: first the least train.accumulation that halves what a step holds,
+    with the same result to rounding, where the batch can be divided further."""
+    images, now = train.batch_size // processes.size(), train.accumulation
+    parts = [k for k in range(now + 1, images + 1) if images % k == 0]
+    advice = []
+    if parts:
+        more = next((k for k in parts if k >= 2 * now), parts[-1])
+        advice.append(f"set train.accumulation={more} (the same step in parts of {images // more} images)")
+    if not train.activation_checkpointing:
+        advice.append("set train.activation_checkpointing=true")
+    if train.precision in ("auto", "fp32"):
+        advice.append("set train.precision=bf16 (fp16 on a GPU without bf16)")
+    return ", ".join([*advice, "lower train.batch_size or model.base_channels"])
 
 
 def epochs_between(asked: int, evaluations: int, share: float, epoch: int, whole: int) -> int:
@@ -158,7 +170,7 @@ class Training:
         self.log_inputs()
         with (
             signals_deferred() as signals,
-            explain_out_of_memory(MEMORY_ADVICE),
+            explain_out_of_memory(memory_advice(self.train)),
             worker_faults(self.train.workers),
             closing(self.batches()) as steps,
             self.progress() as bar,

@@ -392,6 +392,10 @@ SAID = {
 ELSEWHERE = {
     "python -m benchmarks.distances": "test_benchmarks.py",
     "python -m benchmarks.gpu <step>": "test_benchmarks.py",
+    "python -m benchmarks.long_run --folder <folder>": "test_benchmarks.py",
+    "python -m benchmarks.memory": "test_benchmarks.py",
+    "python -m benchmarks.million --folder <folder>": "test_benchmarks.py",
+    "python -m benchmarks.processes --folder <folder>": "test_benchmarks.py",
     "make states ADOPT=<name>": "../runtime/test_resume.py",
     "make verdict": "../tools/test_verdict.py",
     "dvc exp push": "pipeline/test_search.py",

@@ -313,7 +313,7 @@ def test_other_weights_are_another_extractor(network):
 
 def test_pixels_of_few_images_are_not_kept(inside):
     run()
-    assert not Path(".cache").exists()
+    assert not Path(".cache/features").exists()
 
 
 @pytest.mark.parametrize("reference", ["train", "test", "all"])

@@ -150,7 +150,7 @@ def test_no_memory_left_is_reported_with_the_settings_that_help(tmp_path, monkey
         return torch.empty(2**60)
 
     monkeypatch.setattr(GaussianDiffusion, "losses", losses)
-    with pytest.raises(UserError, match=r"^out of memory: raise train.accumulation .*activation_checkpointing"):
+    with pytest.raises(UserError, match=r"^out of memory: set train.accumulation=2 .*activation_checkpointing"):
         run(tmp_path)
 
 
@@ -170,6 +170,21 @@ def test_a_run_without_memory_resumes_in_the_same_bytes(tmp_path, monkeypatch):
         run(tmp_path, saves, name="cut")
     resumed, _ = run(tmp_path, saves, name="cut")
     assert len(steps) < 20 and same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("batch", "now", "more"),
+    [(64, 1, "2 (the same step in parts of 32 images)"), (12, 3, "6"), (9, 1, "3"), (6, 2, "6")],
+)
+def test_the_line_of_a_full_memory_names_an_accumulation_that_divides(batch, now, more):
+    settings = check(composed(f"train.batch_size={batch}", f"train.accumulation={now}")).train
+    assert loop.memory_advice(settings).startswith(f"set train.accumulation={more}")
+
+
+def test_where_nothing_is_left_to_divide_smaller_settings_are_named():
+    settings = ("train.batch_size=4", "train.accumulation=4", "train.activation_checkpointing=true")
+    params = check(composed(*settings, "train.precision=bf16"))
+    assert loop.memory_advice(params.train) == "lower train.batch_size or model.base_channels"
 
 
 def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
