@@ -115,10 +115,10 @@ class Prepared:
         number = 0 if _read(record) == facts else 1 + int(mark[:15], 16)
         readers = processes.gathered(torch.tensor([number])).tolist()
         reads = number > 0 and readers.index(number) == processes.rank()
-        differs = processes.any_process(reads and self._sha256() != self.info["sha256"])
+        differs = reads and self._sha256() != self.info["sha256"]
         if reads and not differs:
-            self._keep(record, facts)
-        return differs
+            self._keep(record, facts)  # before the others continue, and look for it
+        return processes.any_process(differs)
 
     def _keep(self, record: Path, facts: bytes) -> None:
         """Record that the files were read, unless one is so new that a later write would not show in its time."""

@@ -281,7 +281,12 @@ def test_of_several_processes_one_reads_and_all_agree(settled, tmp_path):
         shutil.copytree(settled, copy)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
     running = [
         subprocess.Popen(
             [sys.executable, "-c", SEVERAL, str(settled), *map(str, copies)],

@@ -198,6 +198,7 @@ def test_more_processes_than_gpus_are_noted_in_one_line(monkeypatch, capsys, gpu
     monkeypatch.setattr(processes.gpus, "names", lambda: [])
     monkeypatch.setattr(torch.distributed.run, "run", lambda _: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("sys.argv", ["stages/train.py"])
     processes.launch(Runtime(**composed()["runtime"] | {"launcher": "torchrun", "processes": count}))
     line = (
         "runtime.processes = 2: more than the GPUs of this machine, 1, so processes share them, which is slower than "
