@@ -4,6 +4,8 @@ import mmap
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -131,20 +133,31 @@ def batches(
         multiprocessing_context="fork" if workers else None,
     )
     # the workers keep this mask: a Ctrl-C reaches them, too, and the training still needs them to end its step
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    blocked, others = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)), active_children()
     items = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return _sound(items)
+    return _sound(items, [child for child in active_children() if child not in others])
 
 
-def _sound(items: Iterator[Any]) -> Generator[tuple[Tensor, Tensor], None, None]:
+def _sound(items: Any, workers: list[BaseProcess]) -> Generator[tuple[Tensor, Tensor], None, None]:
     try:
         for item in items:
             if isinstance(item, UserError):
                 raise item
             yield item
+    except (ConnectionError, EOFError) as error:  # a batch of a worker that is just dying
+        raise RuntimeError(f"DataLoader worker (pid(s) {_dead(workers)}) exited unexpectedly") from error
     finally:
-        del items  # which ends the workers; a traceback that holds this frame would keep them until python waits
+        if workers:
+            items._shutdown_workers()  # as its destructor does, which a traceback that holds `items` would put off
+        for worker in workers:
+            worker.kill()  # one that hangs: the SIGTERM by which torch ends it is blocked
+
+
+def _dead(workers: list[BaseProcess]) -> str:
+    for worker in workers:
+        worker.join(1)
+    return ", ".join(str(worker.pid) for worker in workers if not worker.is_alive())
 
 
 @contextmanager

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,20 @@ def test_a_resumed_run_sees_the_batches_that_are_still_to_come(transforms):
 def test_the_number_of_workers_changes_nothing(workers):
     alone, helped = drawn(transforms=JITTER), drawn(transforms=JITTER, workers=workers)
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.process
+def test_the_other_workers_end_when_one_was_killed():
+    """Also while the fault's traceback is kept: python would wait at its end for a worker that waits for work."""
+    steps = batches(SPLIT, batch_size=8, seed=0, steps=range(10**9), transforms=[], workers=2)
+    next(steps)
+    first, second = active_children()
+    first.kill()
+    with pytest.raises(RuntimeError, match="DataLoader worker") as kept:
+        while True:
+            next(steps)
+    second.join(10)
+    assert not second.is_alive(), kept
 
 
 def test_random_transforms_draw_for_each_image_of_a_batch():
