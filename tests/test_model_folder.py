@@ -336,9 +336,9 @@ def test_a_resumed_training_continues_from_its_own_state(tmp_path, trained):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"block_out_channels": (16, 16)}, r"block_out_channels = \(16, 16\), and the one .* ask for \(16, 32\)"),
-        ({"norm_num_groups": 4}, "norm_num_groups = 4, and the one that `model` and the data ask for 8"),
-        ({"size": 16, "channels": 3}, "sample_size = 16, and .* 8"),
+        ({"block_out_channels": (16, 16)}, r"block_out_channels = \(16, 16\), but .* ask for \(16, 32\)"),
+        ({"norm_num_groups": 4}, "norm_num_groups = 4, but `model` and the data ask for 8"),
+        ({"size": 16, "channels": 3}, "sample_size = 16, but .* 8"),
     ],
 )
 def test_another_network_is_refused_with_the_first_field_that_differs(tmp_path, changes, fault):
@@ -406,7 +406,7 @@ def test_a_model_with_unknown_class_names_can_start_a_training(tmp_path):
     save_model(tmp_path, small_unet(num_class_embeds=2), CONFIG, {})
     ours = small_unet(num_class_embeds=2)
     assert load_weights(tmp_path, ours.config, "v", ("cat", "dog")).keys() == ours.state_dict().keys()
-    with pytest.raises(UserError, match=r"class_names = \('cat', 'dog'\), and the one .* ask for \('dog', 'cat'\)"):
+    with pytest.raises(UserError, match=r"class_names = \('cat', 'dog'\), but .* ask for \('dog', 'cat'\)"):
         save_model(tmp_path, ours, CONFIG, {}, ("cat", "dog"))
         load_weights(tmp_path, ours.config, "v", ("dog", "cat"))
 

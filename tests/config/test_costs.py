@@ -44,7 +44,7 @@ def test_distances_that_would_not_end_are_refused_with_a_remedy(reference):
 
 def test_too_little_memory_is_named_with_what_there_is():
     [(_, message)] = faults((64, 64, 3), 50_000, 1000, memory=4 * GIB)
-    assert "GiB of memory, and there are 4" in message
+    assert "GiB of memory, and this machine has 4" in message
 
 
 def test_the_estimate_grows_with_all_that_is_measured():

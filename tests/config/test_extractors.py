@@ -80,14 +80,14 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path, weights):
         if content is not None:
             path.write_bytes(content)
         line = fault(*TINY, f"evaluate.weights={path}")
-        assert "is no file of safetensors; give the file model.safetensors of huggingface.co/timm/test_vit.r160" in line
+        assert "is not a safetensors file; give the file model.safetensors of huggingface.co/timm/test_vit.r160" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"P"])
 def test_a_page_in_place_of_inceptions_weights_is_refused(tmp_path, content):
     (tmp_path / "weights.pth").write_bytes(content)
     line = fault("evaluate=inception", f"evaluate.weights={tmp_path}/weights.pth")
-    assert "is no file that torch has saved; give the file weights-inception-2015-12-05-6726825d.pth of" in line
+    assert "is not a file written by torch.save; give the file weights-inception-2015-12-05-6726825d.pth of" in line
 
 
 @pytest.mark.parametrize("choice", [TINY, ("evaluate=inception",)])
@@ -113,5 +113,5 @@ def test_inception_is_the_file_that_torch_fidelity_loads():
 def test_a_download_that_is_not_what_was_asked_for_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(extractors, "urlopen", lambda *address, **options: io.BytesIO(b"a page of a captive portal"))
-    assert "not the one that was asked for; give the file weights-inception" in fault("evaluate=inception")
+    assert "checksum of the downloaded file is wrong; give the file weights-inception" in fault("evaluate=inception")
     assert not list(tmp_path.rglob("*.*"))

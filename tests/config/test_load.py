@@ -332,15 +332,15 @@ def test_a_conditional_network_alone_learns_to_do_without_a_label():
         ({"evaluate__ema_widths": [0, 0]}, "evaluate.ema_widths = [0.0, 0.0]: names a width twice"),
         (
             {"evaluate__ema_widths": [0.03]},
-            "evaluate.ema_widths = [0.03]: 0.03 is none of train.ema_widths = [0.1, 0.0]",
+            "evaluate.ema_widths = [0.03]: 0.03 is not in train.ema_widths = [0.1, 0.0]",
         ),
         (
             {"evaluate__ema_widths": [0.1]},
-            "evaluate.ema_widths = [0.1]: 0.1 is that of the samples, which are measured",
+            "evaluate.ema_widths = [0.1]: 0.1 is the samples' width, which is measured",
         ),
         (
             {"evaluate__ema_widths": [0], "sample__ema_width": 0},
-            "evaluate.ema_widths = [0.0]: 0 is that of the samples",
+            "evaluate.ema_widths = [0.0]: 0 is the samples' width",
         ),
         ({"evaluate__ema_widths": [0.3]}, "evaluate.ema_widths.0 = 0.3: should be less than or equal to 0.28"),
         ({"train__held_out_every_epochs": 0}, "train.held_out_every_epochs = 0: should be greater than"),
