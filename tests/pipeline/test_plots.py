@@ -125,7 +125,7 @@ def test_two_revisions_are_overlaid_and_side_by_side(browser, page_of_two, size)
         assert all(pictures.evaluate_all("all => all.map(img => img.naturalWidth > 0)")), title
         left, right = (pictures.nth(i).bounding_box() for i in range(2))
         assert left["y"] == right["y"] or size == PHONE, title
-    assert "none of default" in figure(page, "Samples by epoch").inner_text()
+    assert "default has none" in figure(page, "Samples by epoch").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert trouble == []
     page.close()

@@ -63,9 +63,9 @@ def test_samples_of_a_class_can_be_asked_for(samples, monkeypatch):
     ("arguments", "words"),
     [
         (["--only", "6"], "ONLY = 6: 6 is beyond the 6 samples, 0 to 5"),
-        (["--only", "3-1"], "3-1 is no number and no range"),
-        (["--only", "-1"], "-1 is no number and no range"),
-        (["--classes", "dog"], "CLASS = dog: no sample is of it; the model is unconditional"),
+        (["--only", "3-1"], "3-1 is neither a number nor a range"),
+        (["--only", "-1"], "-1 is neither a number nor a range"),
+        (["--classes", "dog"], "CLASS = dog: no sample has this class; the model is unconditional"),
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line(samples, monkeypatch, arguments, words):

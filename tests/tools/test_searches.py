@@ -44,7 +44,7 @@ def test_every_search_of_the_repository_could_run(monkeypatch, name):
         ({"space": {"optimizer.lr": {"choices": [1], "log": True}}}, "with one choice or more"),
         ({"space": {"optimizer.rate": {"choices": [1]}}}, "space.optimizer.rate = 1: "),
         ({"space": {"train.grad_clip": {"low": -1.0, "high": 1.5}}}, "space.train.grad_clip = -1.0: its runs would be"),
-        ({"space": {"train.seed": {"choices": [0, 1]}}}, "space.train.seed: is what `seeds` sets"),
+        ({"space": {"train.seed": {"choices": [0, 1]}}}, "space.train.seed: is set by `seeds`"),
         ({"space": {"sample.count": {"choices": [10, 20]}}}, "trials could not be compared"),
         ({"overrides": ["+experiment=none"]}, "space.optimizer.lr = "),
         (
