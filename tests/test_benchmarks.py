@@ -7,7 +7,7 @@ from benchmarks.__main__ import MEASUREMENTS
 from tests.conftest import ROOT
 
 
-def test_the_committed_page_is_rendered_from_the_committed_numbers():
+def test_the_page_is_rendered_from_the_committed_numbers():
     page, plots = report.render(MEASUREMENTS)
     assert (report.RESULTS / "README.md").read_text(encoding="utf-8") == page
     assert plots.keys() == {path.name for path in report.RESULTS.glob("*.png")}
@@ -32,7 +32,7 @@ def test_the_exponent_of_a_power_law_is_found():
     assert growth.exponent([{"n": n, "seconds": 3 * n**1.5} for n in (1, 4, 16)], "seconds") == pytest.approx(1.5)
 
 
-def test_the_table_of_distances_is_rendered_from_the_committed_numbers():
+def test_the_distance_table_is_rendered_from_committed_numbers():
     rows = json.loads(distances.FILE.read_text(encoding="utf-8"))["rows"]
     assert distances.page(rows).rstrip() in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 

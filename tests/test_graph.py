@@ -101,7 +101,7 @@ def test_every_knob_has_a_comment_beside_it(section):
 
 
 @pytest.mark.process
-def test_stages_load_without_torch_until_their_parameters_are_checked():
+def test_stages_check_their_parameters_before_loading_torch():
     for stage in STAGES:
         code = f"import sys, stages.{stage}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0, stage

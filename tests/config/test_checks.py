@@ -39,7 +39,7 @@ def faults(*overrides, **changes):
         ),
     ],
 )
-def test_what_needs_no_data_is_refused_by_every_stage(overrides, line, monkeypatch):
+def test_every_stage_refuses_faults_that_need_no_data(overrides, line, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as caught:
         check(composed(*overrides))
@@ -47,7 +47,7 @@ def test_what_needs_no_data_is_refused_by_every_stage(overrides, line, monkeypat
     assert len(str(caught.value).split("\n")) == 1
 
 
-def test_what_is_there_and_what_fits_is_allowed(tmp_path):
+def test_existing_files_and_fitting_settings_are_allowed(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet/config.json").touch()
     (tmp_path / "weights.pth").write_bytes(b"PK")
@@ -68,7 +68,7 @@ def test_a_warm_up_longer_than_the_epochs_is_refused():
     assert "train.epochs = 2 of 1 steps each" in faults(*EPOCHS, "train.warmup_steps=5", **small)[0]
 
 
-def test_all_faults_beside_the_data_are_reported_at_once():
+def test_all_faults_that_depend_on_data_are_reported_at_once():
     lines = faults(
         *EPOCHS,
         "train.warmup_steps=9",

@@ -143,7 +143,7 @@ def losses_of(config, weighting="simple"):
 
 
 @pytest.mark.parametrize("weighting", ["simple", "min_snr"])
-def test_the_simple_loss_does_not_follow_what_is_minimised(weighting):
+def test_the_simple_loss_does_not_depend_on_the_objective(weighting):
     plain = losses_of(DiffusionConfig(100, "cosine", "epsilon"))
     hybrid = losses_of(DiffusionConfig(100, "cosine", "epsilon", learn_variance=True), weighting)
     assert torch.equal(plain.objective, plain.simple)
@@ -178,6 +178,6 @@ def test_a_timestep_outside_of_the_tables_is_refused_everywhere(t):
         DiffusionConfig(1000, "linear", "epsilon", 1e-300, 0.02),
     ],
 )
-def test_a_schedule_that_floats_cannot_hold_is_refused(config):
+def test_a_schedule_that_floats_cannot_represent_is_refused(config):
     with pytest.raises(ValueError, match=r"timesteps = .*beta_start = .*alpha_bar runs from"):
         GaussianDiffusion(config)

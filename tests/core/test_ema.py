@@ -42,7 +42,7 @@ def test_a_width_that_no_power_gives_is_refused(width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_initial_weights_are_forgotten_and_the_steps_averaged(width):
+def test_the_average_forgets_the_initial_weights(width):
     model = UNet(small_unet().config)
     ema, steps = EMA(model, width), 12
     for step in range(steps):

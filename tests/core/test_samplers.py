@@ -66,7 +66,7 @@ def exact_correlated(d: GaussianDiffusion):
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_more_steps_come_nearer_to_the_covariance_of_gaussian_data(name):
+def test_more_steps_approach_the_covariance_of_gaussian_data(name):
     d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "epsilon"))
     g = torch.Generator().manual_seed(0)
     start = torch.randn(20_000, 2, generator=g)
@@ -241,7 +241,7 @@ PETS = {"num_class_embeds": 3, "has_no_label": True}
 
 
 @pytest.mark.parametrize("out_channels", [1, 2])  # without and with a learned variance
-def test_guidance_leads_from_no_label_through_the_label_and_beyond(out_channels):
+def test_guidance_extrapolates_from_no_label_beyond_the_label(out_channels):
     unet = small_unet(**PETS, out_channels=out_channels)
     x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     labels = torch.tensor([0, 1, 1, 0])

@@ -94,7 +94,7 @@ def test_outputs_and_gradients_equal_diffusers(changes, record_property):
     assert differences[worst] < 1e-5, worst
 
 
-def test_labels_go_to_class_conditional_networks_and_to_no_others():
+def test_only_class_conditional_networks_take_labels():
     x, t, labels = torch.zeros(2, 1, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 4])
     conditional = small_unet(num_class_embeds=5)
     first, second = conditional(x, t, labels)
@@ -207,7 +207,7 @@ def test_doubling_and_convolving_at_once_is_one_after_the_other(size):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999999])
-def test_dropout_drops_its_share_everywhere_alike_and_keeps_the_mean(share):
+def test_dropout_is_uniform_over_places_and_keeps_the_mean(share):
     torch.manual_seed(0)
     dropout, x = Dropout(share), torch.ones(5, 2001, 101, requires_grad=True)
     y = dropout(x)

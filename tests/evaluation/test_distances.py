@@ -42,7 +42,7 @@ def test_the_frechet_distance_of_gaussians_is_its_closed_form():
 
 
 @pytest.mark.parametrize("counts", [(40, 60), (40, 600), (600, 40), (300, 600)])  # below and above the dimensions
-def test_the_frechet_distance_is_that_of_its_formula_in_every_route(counts):
+def test_every_route_gives_the_frechet_distance_of_the_formula(counts):
     a, b = (np.cumsum(gaussian(n, dim=100, seed=n), axis=1) * 0.1 for n in counts)
     rows_a, rows_b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
     overlap = np.linalg.svd(rows_a @ rows_b.T, compute_uv=False).sum()  # tr (S_a S_b)^(1/2)
@@ -97,7 +97,7 @@ def test_no_distance_depends_on_the_size_of_a_block(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("counts", [(i, j) for i in range(1, 4) for j in range(1, 4)])
-def test_of_few_images_a_distance_is_a_number_or_not_defined(counts):
+def test_a_distance_of_few_images_is_a_number_or_not_defined(counts):
     n, m = counts
     a, b = pixels(n), pixels(m, seed=1)
     assert math.isnan(frechet(a, b)) == (min(n, m) < 2)
@@ -135,7 +135,7 @@ def test_the_distance_has_the_error_of_another_draw(mean, std):
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.3, 1.2)])
-def test_the_extrapolated_distance_holds_that_of_infinite_samples(mean, std):
+def test_extrapolation_covers_the_distance_of_infinite_samples(mean, std):
     real = Normal(REAL)
     truth = np.square(REAL.mean(0) - mean).sum() + np.square(std - np.sqrt(np.linalg.eigvalsh(np.cov(REAL.T)))).sum()
 
@@ -146,7 +146,7 @@ def test_the_extrapolated_distance_holds_that_of_infinite_samples(mean, std):
     assert_covers(draw, truth, times=120, widest=1.2 if mean else 1.6)
 
 
-def test_the_floor_is_the_distance_of_the_real_images_drawn_again():
+def test_the_floor_is_the_distance_of_resampled_real_images():
     real = Normal(digits())
     floor, smaller = distances.floor(real, 2000, seed=0), distances.floor(real, 500, seed=0)
     assert 0.0130 < floor.value < 0.0165

@@ -111,7 +111,7 @@ def test_features_of_timm_are_those_of_its_model(models, name, interpolation, si
     assert np.abs(np.diff(vectors, axis=0)).max() > 0.01 * np.abs(vectors).max()
 
 
-def test_features_of_timm_depend_on_no_batch_and_take_grey_images(models):
+def test_timms_features_ignore_the_batch_and_accept_grey_images(models):
     images = photographs(5, channels=1)
     vectors = extract(images, "timm:test_vit", models["test_vit"], 32, batch_size=5)
     np.testing.assert_allclose(extract(images, "timm:test_vit", models["test_vit"], 32), vectors, rtol=1e-4, atol=1e-4)
@@ -119,7 +119,7 @@ def test_features_of_timm_depend_on_no_batch_and_take_grey_images(models):
     np.testing.assert_array_equal(colour, vectors)
 
 
-def test_an_extractor_says_what_its_features_follow_from(models):
+def test_an_extractor_lists_what_its_features_depend_on(models):
     extractor = opened("timm:test_vit", models["test_vit"], 32)
     assert extractor.digest == hashlib.sha256(models["test_vit"].read_bytes()).hexdigest()
     assert str(extractor) == "timm:test_vit, images resized to 32x32"

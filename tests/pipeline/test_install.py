@@ -62,7 +62,7 @@ def test_a_stage_run_as_a_script_gives_the_bytes_of_the_module(installed: Clone)
     assert untracked == "", "what an installation leaves is ignored"
 
 
-def test_a_script_with_the_library_of_another_checkout_is_refused(installed: Clone, tmp_path: Path) -> None:
+def test_a_script_refuses_the_library_of_another_checkout(installed: Clone, tmp_path: Path) -> None:
     other = make_clone(tmp_path / "other")
     other.env = installed.env
     done = other.run("python", "stages/train.py", check=False)

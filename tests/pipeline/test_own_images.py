@@ -165,7 +165,7 @@ def test_a_folder_elsewhere_is_watched_and_seen_in_workspaces(person, tmp_path):
     assert "prepare_data" in clone.dvc("status", "prepare_data")
 
 
-def test_a_folder_is_looked_into_and_its_command_is_printed(person, tmp_path):
+def test_tools_folder_reports_a_folder_and_prints_its_command(person, tmp_path):
     pictures = tmp_path / "Müller (1)"
     photographs(pictures, 3)
     (line,) = BLOCKS[2]

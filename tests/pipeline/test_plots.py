@@ -166,7 +166,7 @@ def page_of_dvc(smoke, tmp_path_factory) -> Path:
     return folder / "index.html"
 
 
-def test_dvc_alone_writes_the_page_too_with_scripts_from_the_network(browser, page_of_dvc):
+def test_dvc_alone_writes_the_page_with_scripts_to_download(browser, page_of_dvc):
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed")
     page = browser.new_page()
     page.route(
@@ -180,7 +180,7 @@ def test_dvc_alone_writes_the_page_too_with_scripts_from_the_network(browser, pa
     page.close()
 
 
-def test_without_its_scripts_the_page_shows_the_pictures_and_a_hint(browser, page_of_dvc):
+def test_without_scripts_the_page_shows_pictures_and_a_hint(browser, page_of_dvc):
     page = browser.new_page()
     page.route(ELSEWHERE, lambda route: route.abort())
     page.goto(page_of_dvc.as_uri())
@@ -190,7 +190,7 @@ def test_without_its_scripts_the_page_shows_the_pictures_and_a_hint(browser, pag
     page.close()
 
 
-def test_what_the_page_does_not_know_is_shown_under_its_own_name(browser, smoke, tmp_path):
+def test_unknown_plots_are_shown_under_their_own_names(browser, smoke, tmp_path):
     shutil.copy(smoke.folder / "results/sample/grid.png", smoke.folder / "mine.png")
     try:
         smoke.dvc("plots", "show", "--out", str(tmp_path), "mine.png")

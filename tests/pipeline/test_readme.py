@@ -467,12 +467,12 @@ def test_the_python_of_the_documents_gives_images(author: Clone) -> None:
 @pytest.mark.parametrize(
     "head", ["| `-S +experiment=` | what | two CPU cores | one GPU |", "| preset | what it sets |"]
 )
-def test_every_preset_is_in_the_table_and_no_other(head):
+def test_the_tables_list_exactly_the_presets(head):
     listed = [name for row in table(head) for name in row[0]]
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 
 
-def test_every_choice_of_every_group_is_in_the_table_and_no_other():
+def test_the_table_lists_exactly_the_choices_of_every_group():
     rows = table("| group | choices | knobs that matter most |")
     listed = {name: sorted(choices) for group, choices, _ in rows for name in group}
     folders = [

@@ -84,7 +84,7 @@ def test_a_search_resumes_and_its_runs_are_experiments(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, monkeypatch):
+def test_hopeless_and_diverged_trials_end_early_with_a_reason(tmp_path, monkeypatch):
     clone = make_clone(tmp_path / "clone")
     rates = [1e-3, 2e-3, 1e-6, 1e30]
     changes = {"space": {"optimizer.lr": {"choices": rates}}, "trials": 4, "prune_after": 2, "prune_from": 0.0}
@@ -109,7 +109,7 @@ def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, 
 
 
 @pytest.mark.remote
-def test_three_machines_share_a_search_through_postgresql_git_and_a_dvc_remote(tmp_path):
+def test_three_machines_share_a_search_through_their_remotes(tmp_path):
     """Three clones, one bare git remote, one DVC remote; a worker is killed in its training, and started again."""
     trials, log = 4, tmp_path / "runs"
     origin = make_clone(tmp_path / "origin")

@@ -299,7 +299,7 @@ def without_power_over_files():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root is bound by Linux's capabilities")
-def test_read_only_folders_and_full_disks_are_reported_in_one_line(made, tmp_path):
+def test_read_only_folders_and_full_disks_give_one_line(made, tmp_path):
     here = tmp_path / "here"
     shutil.copytree(made, here)
     few = (
@@ -335,7 +335,7 @@ def test_read_only_folders_and_full_disks_are_reported_in_one_line(made, tmp_pat
     assert not list(here.rglob("*.tmp"))
 
 
-def test_metrics_are_rounded_numbers_with_what_they_were_measured_on(made):
+def test_metrics_are_rounded_and_name_their_reference(made):
     metrics = json.loads((made / "results/evaluate/metrics.json").read_text())
     assert metrics["samples"] == 64
     assert metrics["reference_images"] == 1797

@@ -44,7 +44,7 @@ def test_every_sample_is_written_pixel_for_pixel(samples, monkeypatch):
             assert np.array_equal(np.asarray(picture), pixels[..., 0])
 
 
-def test_only_those_asked_for_are_written(samples, monkeypatch):
+def test_only_the_requested_samples_are_written(samples, monkeypatch):
     assert written(monkeypatch, "--only", "5 0-1") == ["00000.png", "00001.png", "00005.png"]
 
 
@@ -54,7 +54,7 @@ def test_files_are_named_after_the_classes_that_the_samples_have(samples, monkey
     assert written(monkeypatch) == [f"0000{i}_{names[i % 2]}.png" for i in range(6)]
 
 
-def test_samples_of_a_class_can_be_asked_for(samples, monkeypatch):
+def test_samples_of_a_class_can_be_requested(samples, monkeypatch):
     with_classes()
     assert written(monkeypatch, "--classes", "dog", "--only", "0-3") == ["00001_dog.png", "00003_dog.png"]
 
@@ -68,7 +68,7 @@ def test_samples_of_a_class_can_be_asked_for(samples, monkeypatch):
         (["--classes", "dog"], "CLASS = dog: no sample has this class; the model is unconditional"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(samples, monkeypatch, arguments, words):
+def test_a_missing_sample_or_class_is_refused_in_one_line(samples, monkeypatch, arguments, words):
     arguments = [f"{arguments[0]}={arguments[1]}"]
     with pytest.raises(SystemExit) as stop:
         written(monkeypatch, *arguments)

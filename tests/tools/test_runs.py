@@ -40,7 +40,7 @@ def test_a_curve_is_read_while_it_is_written(tmp_path, monkeypatch):
     assert points("s-0-s1") == []
 
 
-def test_the_curve_that_a_search_reads_is_the_one_that_the_stage_train_writes(tmp_path, monkeypatch):
+def test_a_search_reads_the_curve_that_the_stage_train_writes(tmp_path, monkeypatch):
     plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["plots"]
     assert str(CURVE) in [name for plot in plots if isinstance(plot, dict) for name in plot]
     monkeypatch.chdir(tmp_path)

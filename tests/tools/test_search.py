@@ -82,7 +82,7 @@ def names(trials: int, seeds: int = 2) -> list[str]:
 
 
 @pytest.mark.process
-def test_a_search_runs_its_budget_with_every_seed_and_then_nothing(clone):
+def test_a_search_runs_its_budget_with_every_seed_and_stops(clone):
     code, out, err = clone.search()
     assert code == 0, err
     assert clone.experiments() == names(2) and clone.log("begin") == Counter(names(2))
@@ -95,7 +95,7 @@ def test_a_search_runs_its_budget_with_every_seed_and_then_nothing(clone):
 
 
 @pytest.mark.process
-def test_the_slurm_array_of_the_docs_shares_a_search_between_its_tasks(clone, tmp_path):
+def test_the_slurm_tasks_of_the_docs_share_a_search(clone, tmp_path):
     """Its script as it stands, but for the storage, with what Slurm sets: two tasks at once."""
     (text,) = re.findall(r"```\n(#!/bin/bash\n#SBATCH --array.*?)```", (ROOT / "docs/search.md").read_text(), re.DOTALL)
     home, script = tmp_path / "my home", tmp_path / "array.sh"
@@ -124,7 +124,7 @@ def test_the_slurm_array_of_the_docs_shares_a_search_between_its_tasks(clone, tm
 
 
 @pytest.mark.process
-def test_a_failed_trial_keeps_its_reason_and_no_settings_are_run_twice(clone):
+def test_a_failed_trial_keeps_its_reason_and_nothing_runs_twice(clone):
     clone.ask(space={"optimizer.lr": {"choices": [0.01, 0.001]}}, trials=5)
     code, out, err = clone.search()
     assert code == 0, err
@@ -165,7 +165,7 @@ def test_a_hopeless_trial_is_stopped_early_by_its_held_out_loss(clone):
 
 
 @pytest.mark.process
-def test_runs_of_another_question_are_not_taken_for_results(clone):
+def test_runs_of_another_search_are_not_used_as_results(clone):
     clone.ask(trials=1)
     assert clone.search()[0] == 0
     clone.ask(seeds=[0, 1, 2])
@@ -181,7 +181,7 @@ def test_runs_of_another_question_are_not_taken_for_results(clone):
 
 
 @pytest.mark.process
-def test_a_remote_that_cannot_be_reached_is_refused_before_anything_runs(clone):
+def test_an_unreachable_remote_is_refused_before_anything_runs(clone):
     clone.git("remote", "add", "origin", "/nowhere/at/all")
     clone.ask(remote="origin")
     code, _, err = clone.search()
@@ -190,7 +190,7 @@ def test_a_remote_that_cannot_be_reached_is_refused_before_anything_runs(clone):
 
 
 @pytest.mark.process
-def test_one_clone_takes_one_worker(clone):
+def test_a_clone_has_at_most_one_worker(clone):
     clone.env["PACE"] = "5"
     first = clone.start()
     while not clone.log("begin"):
@@ -225,7 +225,7 @@ def test_a_stopped_search_resumes_and_runs_nothing_twice(clone, signum):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_three_workers_share_a_search_while_they_are_killed_at_random(clone, tmp_path):
+def test_three_workers_share_a_search_despite_random_kills(clone, tmp_path):
     """Each budget place is used once, and each run ends once, however often a worker is killed."""
     hosted = tmp_path / "hosted.git"
     trials, rng = 8, random.Random(0)

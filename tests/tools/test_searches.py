@@ -53,7 +53,7 @@ def test_every_search_of_the_repository_could_run(monkeypatch, name):
         ),
     ],
 )
-def test_a_wrong_search_is_refused_in_a_line_that_names_the_setting(conf, changes, words):
+def test_a_wrong_search_is_refused_with_the_setting(conf, changes, words):
     (conf / "x.yaml").write_text(yaml.safe_dump(SEARCH | changes))
     with pytest.raises(UserError) as fault:
         read_search("x")
@@ -61,7 +61,7 @@ def test_a_wrong_search_is_refused_in_a_line_that_names_the_setting(conf, change
     assert all(line.startswith("conf/search/x.yaml: ") for line in str(fault.value).splitlines())
 
 
-def test_a_search_that_is_not_there_is_refused_with_those_that_are(conf):
+def test_a_missing_search_is_refused_with_the_existing_ones(conf):
     (conf / "digits.yaml").write_text(yaml.safe_dump(SEARCH))
     with pytest.raises(
         UserError, match=r"SEARCH = digit: there is no conf/search/digit.yaml \(did you mean digits\?\)"
