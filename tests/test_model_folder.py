@@ -34,10 +34,10 @@ def folder(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # what is renamed at the end
+    (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # it is renamed at the end
     with pytest.raises(OSError, match="No space left") as fault:
         save_model(tmp_path, small_unet(), CONFIG, {})
-    assert fault.value.errno == errno.ENOSPC  # which run_stage reports in one line
+    assert fault.value.errno == errno.ENOSPC  # run_stage reports it in one line
 
 
 def test_a_model_comes_back_as_it_was_saved(folder):
@@ -119,7 +119,7 @@ def predictions(ours, theirs):
     [
         CIFAR10,
         CIFAR10 | {"sample_size": (16, 16), "num_class_embeds": 2},
-        {"sample_size": 8, "block_out_channels": (32, 32, 64, 32)},  # all else is a default
+        {"sample_size": 8, "block_out_channels": (32, 32, 64, 32)},  # all other values are defaults
         {
             "sample_size": 8,
             "in_channels": 1,
@@ -148,7 +148,7 @@ def test_a_network_made_by_diffusers_loads_here_and_goes_back(tmp_path, values, 
 
 
 def test_an_old_folder_with_old_names_of_attention_loads(tmp_path):
-    """As the first models of diffusers lie on the Hub."""
+    """A folder like those of the first models of diffusers on the Hub."""
     theirs = save_of_diffusers(tmp_path / "new", **CIFAR10)
     weights = {}
     for name, value in theirs.state_dict().items():
@@ -313,7 +313,7 @@ def trained(tmp_path):
 
 
 def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
-    # steps that are too small to change a float: what comes back is what it started from, live and averaged
+    # steps that are too small to change a float: the weights stay those at the start, live and averaged
     still = ("train.steps=2", "train.warmup_steps=0", "train.log_every_steps=1", "optimizer.lr=1e-30")
     model, _ = train(tmp_path, f"train.init_from={trained}", *still)
     assert same(model, small_unet())

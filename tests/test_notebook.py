@@ -1,4 +1,4 @@
-"""The notebook of the documents opens a model folder, draws and plots, with the core alone."""
+"""The notebook of the documents opens a model folder, draws samples and plots them, with the core alone."""
 
 import json
 import subprocess

@@ -249,4 +249,4 @@ def test_filmed_samples_are_the_drawn_samples(tmp_path):
     np.testing.assert_array_equal(strip[:, -1], images)
     np.testing.assert_array_equal(film[-1], images)
     for one, other in zip(sampling.draw_filmed(unet, d, p, UNKNOWN, Store()), (images, strip, film), strict=True):
-        np.testing.assert_array_equal(one, other)  # with nothing kept, the first ones are drawn again
+        np.testing.assert_array_equal(one, other)  # with nothing kept, the first samples are drawn again

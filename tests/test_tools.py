@@ -1,4 +1,4 @@
-"""What `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
+"""The tools that `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Which networks may be named, and their weights: what is wrong stops the first stage, in one line."""
+"""The networks that may be named, and their weights: a fault stops the first stage, in one line."""
 
 import io
 import json

@@ -187,7 +187,7 @@ def test_a_schedule_whose_tables_fail_is_refused_before_any_work(schedule, times
     tree = changed(diffusion__timesteps=timesteps, diffusion__schedule=schedule, sample__steps=2)
     if schedule != "cosine":  # which has none
         tree["diffusion"] |= {"beta_start": betas[0], "beta_end": betas[1]}
-    tree["train"] |= {"noise_levels": "uniform", "noise_levels_width": None}  # others want one that crosses 0
+    tree["train"] |= {"noise_levels": "uniform", "noise_levels_width": None}  # the others need a log SNR that crosses 0
     try:
         GaussianDiffusion(DiffusionConfig(timesteps, schedule, "epsilon", *betas))
     except ValueError:

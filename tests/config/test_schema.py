@@ -1,4 +1,4 @@
-"""Every setting has bounds, and every choice and preset of conf/ keeps them."""
+"""Every setting has bounds, and every choice and preset of conf/ keeps within them."""
 
 import math
 

@@ -116,7 +116,7 @@ def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_min_snr_weighs_the_error_of_x0_whatever_is_predicted(prediction):
-    """The same mistake in x_0 costs the same in each parametrisation: min(SNR, 5) times its square."""
+    """The same error in x_0 costs the same in each parametrisation: min(SNR, 5) times its square."""
     d = diffusion("cosine", prediction)
     g = torch.Generator().manual_seed(0)
     x0, noise = torch.rand(6, 1, 4, 4, generator=g) * 2 - 1, torch.randn(6, 1, 4, 4, generator=g)

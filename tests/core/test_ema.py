@@ -10,7 +10,7 @@ WIDTHS = [0.001, 0.012, 0.05, 0.1, 0.2, WIDEST]
 
 
 def weights_of_steps(width: float, steps: int) -> np.ndarray:
-    """How much each step weighs in the average: the network's weights are 1 after one step, and 0 after the others."""
+    """The weight of each step in the average: the network's weights are 1 after one step, and 0 after the others."""
     gamma, weights = exponent(width), np.empty(steps)
     kept = 1.0
     for step in reversed(range(steps)):

@@ -81,7 +81,7 @@ def test_runs_can_write_the_same_array_at_once(tmp_path):
 
 
 def test_all_processes_compute_if_one_misses_an_array(tmp_path, monkeypatch):
-    """They share the work of an extraction, so that none may be left alone with it."""
+    """The processes share the work of an extraction, so none may start it alone."""
     Cache(tmp_path).array(FACTS, array)
     monkeypatch.setattr(processes, "any_process", lambda here: True)
     np.testing.assert_array_equal(Cache(tmp_path).array(FACTS, lambda: array(1)), array(1))

@@ -78,7 +78,7 @@ def test_the_held_out_loss_shared_by_processes_is_that_of_one():
     d, images = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon")), photographs(11)
 
     class Shared(Store):
-        """Each process computes its parts, the last first."""
+        """Each process computes its parts, the last process first."""
 
         def batches(self, name, count, size, compute, bar):
             slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -163,7 +163,7 @@ def test_the_exact_networks_bound_is_the_entropy_of_the_data(prediction):
     options = {"batch_size": 60 * 40, "seed": 0}  # 40 timesteps at once
     bound = variational_bound(exact_network(d, 30 / 127.5), d, HeldOut(images), variance="learned", **options)
     assert bound.bits_per_dim == pytest.approx(entropy, rel=0.01)
-    # what was spent grows from the prior's part to the whole but L_0, and the image gets clearer meanwhile
+    # the rate grows from the prior's part to the whole bound but L_0, while the distortion falls
     rate, distortion = bound.rate_distortion()
     assert rate[-1] == pytest.approx(bound.prior)
     assert rate[0] == pytest.approx(bound.bits_per_dim - bound.terms[0])

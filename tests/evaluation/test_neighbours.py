@@ -37,7 +37,7 @@ def test_of_equal_training_images_only_the_first_is_near():
 @pytest.mark.parametrize("noise", [0, 2])
 @pytest.mark.parametrize("twice", [False, True])
 def test_planted_copies_are_found_and_nothing_else(noise, twice):
-    """2 % of the samples are training images, or nearly, whether or not the training set holds each image twice."""
+    """2 % of the samples are (nearly) training images, whether or not the training set holds each image twice."""
     rng = np.random.default_rng(0)
     real = rng.permutation(digits())
     train, others = real[:1000], real[1000:1735]

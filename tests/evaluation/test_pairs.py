@@ -66,12 +66,12 @@ ATOMS, REAL = gaussian(40, mean=0.6, std=1.2, dim=3, seed=1), gaussian(80, dim=3
 
 
 def drawn(seed, n=200):
-    """Samples of a sampler that is known: it draws these points, all as often."""
+    """Samples of a known sampler: it draws these points, each equally often."""
     return ATOMS[np.random.default_rng(seed).integers(0, len(ATOMS), n)]
 
 
 def test_kid_precision_and_density_cover_the_known_truth():
-    truth = measure(ATOMS, REAL)  # of every point that it may draw: precision and density are means over samples
+    truth = measure(ATOMS, REAL)  # over all points of the sampler: precision and density are means over samples
     found = [measure(drawn(seed), REAL) for seed in range(60)]
     for name in ("precision", "density"):
         assert_covers(lambda seed, name=name: found[seed][name], truth[name].value, times=60)

@@ -1,4 +1,4 @@
-"""The real dvc in a scratch clone: what a user does with it."""
+"""A user's commands with the real dvc, in a scratch clone."""
 
 import json
 import re
@@ -14,7 +14,7 @@ GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def changed(clone) -> dict[str, set[str]]:
-    """The stages with a changed dependency or parameter of their own (not of a predecessor alone), and what changed."""
+    """The stages with a changed dependency or parameter of their own (not only of a predecessor), and what changed."""
     found = {}
     with Repo(str(clone.folder)) as repo:
         for name, entries in repo.status().items():

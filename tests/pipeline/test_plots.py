@@ -1,4 +1,4 @@
-"""The page of `make plots`, in a real browser: everything is drawn, and nothing is asked of the network."""
+"""The page of `make plots`, in a real browser: everything is drawn, and nothing is requested from the network."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def browser() -> Iterator[Browser]:
 
 def make_plots(clone, revisions: str = "") -> Path:
     environment = Path(sys.prefix)
-    # -o: the environment is the tests' own, and is not to be installed again
+    # -o: the environment is the tests' own, and must not be installed again
     clone.run("make", "plots", f"VENV={environment}", "-o", f"{environment}/.run", f"REV={revisions}")
     return clone.folder / "dvc_plots/index.html"
 
@@ -63,13 +63,13 @@ def page_of_one(smoke) -> Path:
 
 @pytest.fixture(scope="module")
 def page_of_two(smoke) -> Path:
-    """The committed results (whose training pictures no clone has) beside those of the smoke preset."""
+    """The committed results (without the training pictures, which no clone has) beside those of the smoke preset."""
     smoke.run("git", "tag", "-f", "default", "main~1")
     return make_plots(smoke, "default main")
 
 
 def opened(browser: Browser, path: Path, size: dict) -> tuple[Page, list[str]]:
-    """The page once all is drawn, and what should not have happened: messages, errors, requests to elsewhere."""
+    """The page once all is drawn, and the list of messages, errors and outside requests, which should be empty."""
     page, trouble = browser.new_page(viewport=size), []
     page.on("console", lambda message: trouble.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -140,7 +140,7 @@ def test_two_revisions_open_with_their_numbers_and_what_differs(browser, page_of
     assert re.fullmatch(r"Fréchet distance(\s+\d+\.\d+ ± \d+\.\d+){2}", distance)
     rows = {row.split()[0]: row.split()[1:] for row in params.locator("tbody tr").all_inner_texts()}
     assert rows["train.steps"] == ["1200", "60"]
-    assert "optimizer.lr" not in rows, "it is the same in both"
+    assert "optimizer.lr" not in rows, "optimizer.lr is the same in both"
     page.close()
 
 
@@ -160,7 +160,7 @@ def test_the_slider_shows_the_samples_of_each_epoch(browser, page_of_one):
 
 @pytest.fixture(scope="module")
 def page_of_dvc(smoke, tmp_path_factory) -> Path:
-    """What `dvc plots show` writes: the scripts of the charts are to be loaded."""
+    """The page of `dvc plots show`, which loads the scripts of the charts."""
     folder = tmp_path_factory.mktemp("dvc")
     smoke.dvc("plots", "show", "--out", str(folder))
     return folder / "index.html"

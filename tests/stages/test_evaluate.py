@@ -1,4 +1,4 @@
-"""evaluate, on a few images and a network that was not trained."""
+"""The stage evaluate, on a few images and an untrained network."""
 
 import hashlib
 import json
@@ -42,13 +42,13 @@ def images(count, seed):
 
 
 def drawn(seed, count=24, **changes):
-    """The samples of a seed, as the stage sample would draw them."""
+    """The samples of a seed, as drawn by the stage sample."""
     settings = check(composed(*SETTINGS)).sample.model_copy(update={"seed": seed, "count": count} | changes)
     return draw(small_unet(), GaussianDiffusion(DIFFUSION), settings)
 
 
 def distance(samples):
-    """To the reference, which is all of the data."""
+    """The distance to the reference, which is all of the data."""
     real = np.concatenate([np.load(f"data/prepared/{split}/images.npy") for split in ("train", "test")])
     return distances.frechet_distance(*(distances.Normal(x.reshape(len(x), -1)) for x in (samples, real))).value
 
@@ -81,7 +81,7 @@ def inside(tmp_path, monkeypatch):
 
 
 def split(name, count):
-    """Replace the images of a split by this many others."""
+    """Replace the images of a split by so many others."""
     np.save(f"data/prepared/{name}/images.npy", images(count, seed=count + 1000 * len(name)))
     np.save(f"data/prepared/{name}/labels.npy", np.zeros(count, dtype=np.int64))
 
@@ -200,7 +200,7 @@ def test_drawing_by_other_averages_resumes_where_it_was_killed(averages, monkeyp
             assert run(*LIVE) == values
             break
     assert left >= 0
-    assert batches > 5  # it was killed on the way
+    assert batches > 5  # the run was killed on the way
     images = [name for name in draws if "-images-" in name]
     assert len(images) == len(set(images)) == 2 * 3
     assert len(draws) == len(set(draws))
@@ -318,7 +318,7 @@ def test_pixels_of_few_images_are_not_kept(inside):
 
 @pytest.mark.parametrize("reference", ["train", "test", "all"])
 def test_the_reference_is_as_large_as_stated(inside, reference):
-    """As if the data held no more images, but for the held-out loss."""
+    """The numbers are as if the data held no more images, except the held-out loss."""
     values = run("evaluate.reference_images=20", f"evaluate.reference={reference}", "evaluate.bound_images=0")
     assert values["reference_images"] == 20
     assert values["train_images"] == (13 if reference == "all" else 20)
@@ -340,7 +340,7 @@ def test_a_copy_is_shown_with_its_original_in_a_small_reference(inside):
 
 
 def test_samples_equal_to_the_reference_are_at_distance_zero(inside):
-    """Neither set is mirrored, scaled or read in another way than the other: noise images have no symmetry."""
+    """Neither set is mirrored, scaled or read differently from the other: noise images have no symmetry."""
     for reference in ("train", "test"):
         np.save("samples/images.npy", np.load(f"data/prepared/{reference}/images.npy"))
         values = run(f"evaluate.reference={reference}")

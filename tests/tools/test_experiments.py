@@ -1,4 +1,4 @@
-"""Which runs are one group, and which numbers may be compared."""
+"""Which runs form a group, and which numbers may be compared."""
 
 from typing import ClassVar
 

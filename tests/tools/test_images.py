@@ -1,4 +1,4 @@
-"""`make images`: the samples of a revision as PNG files, all or those that were asked for."""
+"""`make images`: the samples of a revision as PNG files, all or some of them."""
 
 import json
 import sys

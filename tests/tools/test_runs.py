@@ -1,4 +1,4 @@
-"""The runs of a search: why one failed, how far one is, and what an exchange needs."""
+"""The runs of a search: why a run failed, how far it is, and what an exchange needs."""
 
 import json
 import subprocess

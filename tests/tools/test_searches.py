@@ -1,4 +1,4 @@
-"""The files of conf/search/: what they may ask for."""
+"""The files of conf/search/: which settings they may hold."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tools.common.searches import composed, read_search, typed
 
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/, as links, but for the folder of searches."""
+    """A copy of conf/, as links, except the folder of searches."""
     monkeypatch.chdir(tmp_path)
     Path("conf/search").mkdir(parents=True)
     for path in (ROOT / "conf").iterdir():

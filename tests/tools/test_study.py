@@ -1,4 +1,4 @@
-"""The trials of a search in Optuna's storages: who has which, how many there are, which one is hopeless."""
+"""The trials of a search in Optuna's storages: which worker has which, how many there are, which are hopeless."""
 
 import threading
 from collections import Counter
@@ -63,7 +63,7 @@ def test_parallel_workers_use_the_budget_once_without_repeats(tmp_path):
     assert max(Counter(taken).values()) == 1
     done = study(open_storage(address), "x", trials=12, space=space)
     assert len(done.trials()) <= 12
-    while trial := done.next():  # two that met may both have withdrawn
+    while trial := done.next():  # two workers with the same settings may both have withdrawn
         done.finish(trial, [1.0, 2.0])
     assert len(done.trials()) == 12 and all(t.state == TrialState.COMPLETE for t in done.trials())
 
@@ -131,8 +131,8 @@ def test_a_loss_above_three_quarters_of_the_others_is_hopeless():
 
 
 def test_no_trial_is_hopeless_early_or_among_few():
-    assert not hopeless(CURVES, {10: 9.0}), "before half of the training"
-    assert not hopeless(CURVES[:2], {40: 9.0}), "beside two others"
+    assert not hopeless(CURVES, {10: 9.0}), "hopeless before half of the training"
+    assert not hopeless(CURVES[:2], {40: 9.0}), "hopeless beside two others only"
 
 
 def test_a_loss_between_two_points_uses_the_earlier_point():

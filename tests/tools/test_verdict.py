@@ -1,4 +1,4 @@
-"""One paragraph on two revisions: no more than the numbers say."""
+"""One paragraph on two revisions, which states no more than the numbers show."""
 
 import sys
 
