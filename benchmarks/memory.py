@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks import ours
 from benchmarks.report import table
-from benchmarks.workers import Contender, Tell, alone
+from benchmarks.workers import Contender, Send, alone
 
 Precision = Literal["fp32", "bf16"]
 GIB = 2**30
@@ -125,7 +125,7 @@ def counted(*cell: Any) -> float:
     return peak.most / GIB
 
 
-def real(tell: Tell, cell: list[Any]) -> None:
+def real(send: Send, cell: list[Any]) -> None:
     """The peak of a cell beyond what the process held before, in GiB."""
     from pathlib import Path
 
@@ -138,10 +138,10 @@ def real(tell: Tell, cell: list[Any]) -> None:
     next(run)
     torch.optim.Adam([torch.zeros(1)])  # the first optimizer loads a hundred MiB of modules
     before = held("VmRSS:")
-    tell("ready")
+    send("ready")
     for _ in run:
         pass
-    tell(held("VmHWM:") - before)
+    send(held("VmHWM:") - before)
 
 
 def largest(gib: float, one: float, many: float) -> int:

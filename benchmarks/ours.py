@@ -13,7 +13,7 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks.workers import Tell, cost, repeat
+from benchmarks.workers import Send, cost, repeat
 from ddpm.config.load import check
 from ddpm.config.schema import Params
 from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
@@ -84,7 +84,7 @@ def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = No
         return Training(setup, p.train, split, split, tracker, state).run()[p.train.ema_widths[0]]
 
 
-def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:
+def training(send: Send, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:
     """Turns of so many steps of the training loop, all that a step does there included: batches, curves, averages."""
     p = params(
         "model=paper",
@@ -105,7 +105,7 @@ def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overr
 
     def turn() -> None:
         nonlocal since
-        tell(cost(since, steps) | {"parameters": parameters})
+        send(cost(since, steps) | {"parameters": parameters})
         since = time.perf_counter()
 
     _train(p, images, turn)
@@ -128,7 +128,7 @@ def save_random_model(folder: Path) -> None:
     save_model(folder, network, _diffusion(p, "cpu").config, {})
 
 
-def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, overrides: list[str]) -> None:
+def sampling(send: Send, folder: str, batch: int, steps: int, out: str, overrides: list[str]) -> None:
     """Turns of one batch by DDIM; `out` receives it as float32 (batch, H, W, C) in [0, 1]."""
     import torch
 
@@ -150,7 +150,7 @@ def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, override
         *_, last = samplers.ddim(model, diffusion, x, path, lambda: x)
         np.save(out, (last.x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
 
-    repeat(tell, draw, 1)
+    repeat(send, draw, 1)
 
 
 def digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -172,7 +172,7 @@ def distance(samples: np.ndarray, real: np.ndarray) -> float:
     return frechet_distance(a, b).value
 
 
-def quality(tell: Tell, images: str, count: int, out: str) -> None:
+def quality(send: Send, images: str, count: int, out: str) -> None:
     """Turns of a whole training that fills the seconds asked for; `out` receives its samples."""
     from benchmarks.quality import fill
     from ddpm.runtime.device import choose_device
@@ -187,7 +187,7 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
         settings = p.sample.model_copy(update={"count": count})
         return draw(model, _diffusion(p, choose_device(p.runtime)), settings)
 
-    fill(tell, train, samples, out)
+    fill(send, train, samples, out)
 
 
 def batches_of(images: str | Path, batch: int) -> Iterator[Any]:
@@ -201,13 +201,13 @@ def batches_of(images: str | Path, batch: int) -> Iterator[Any]:
     return batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
 
 
-def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
+def reading(send: Send, images: str, batch: int, steps: int) -> None:
     """Turns of so many batches from a file that is memory-mapped."""
     stream = batches_of(images, batch)
-    repeat(tell, lambda: next(stream), steps)
+    repeat(send, lambda: next(stream), steps)
 
 
-def drawing(tell: Tell, count: int) -> None:
+def drawing(send: Send, count: int) -> None:
     """Turns that draw so many samples, in batches, with the default network and 10 steps of DDIM."""
     from ddpm.runtime.device import choose_device
     from ddpm.sampling import draw
@@ -216,10 +216,10 @@ def drawing(tell: Tell, count: int) -> None:
     device = choose_device(p.runtime)
     model = _network(p, 8, 1).to(device).eval()
     diffusion = _diffusion(p, device)
-    repeat(tell, lambda: draw(model, diffusion, p.sample), 1)
+    repeat(send, lambda: draw(model, diffusion, p.sample), 1)
 
 
-def stored(tell: Tell, folder: str, steps: int, overrides: list[str]) -> None:
+def stored(send: Send, folder: str, steps: int, overrides: list[str]) -> None:
     """Turns of so many steps of the training loop on the prepared data of a folder."""
     from ddpm.data.prepared import Prepared
 
@@ -233,7 +233,7 @@ def stored(tell: Tell, folder: str, steps: int, overrides: list[str]) -> None:
 
     def turn() -> None:
         nonlocal since
-        tell(cost(since, steps))
+        send(cost(since, steps))
         since = time.perf_counter()
 
     _train(p, Prepared(Path(folder) / "data/prepared").train.images, turn)
