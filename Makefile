@@ -12,17 +12,18 @@ METRIC ?=
 P ?=
 RUNS ?=
 SEARCH ?=
+IMAGES ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
 export PATH := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin:$(PATH)
-# Where Python is not to write bytecode when it runs, uv writes it when it installs, as pip does: a start takes a third of the time
+# Where Python must not write bytecode at run time, uv writes it during the installation, as pip does: a start then takes a third of the time
 ifneq ($(PYTHONDONTWRITEBYTECODE),)
 export UV_COMPILE_BYTECODE := 1
 endif
-# uv is fetched where there is none; where it cannot be had or fails, pip installs the same
+# uv is installed if it is missing; if uv cannot be installed or fails, pip installs the same packages
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 define install
 { command -v uv >/dev/null || $(PIP) --constraint requirements-dev.txt uv; } \
@@ -43,13 +44,13 @@ check: lint ## Lint, types, and the tests that run no stage, no dvc and no secon
 test: lint ## Lint, types, and the whole test suite with coverage
 	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
-test-stages: $(VENV)/.dev ## Of the suite, the tests that start processes
+test-stages: $(VENV)/.dev ## The tests of the suite that start processes
 	pytest -n 2 --dist worksteal -m "process and not pipeline and not slow and not remote"
 
-test-pipeline: $(VENV)/.dev ## Of the suite, the tests that drive dvc in a clone
+test-pipeline: $(VENV)/.dev ## The tests of the suite that drive dvc in a clone
 	pytest -n 2 --dist worksteal -m "pipeline and not slow and not remote"
 
-test-slow: $(VENV)/.dev ## The tests that take longer
+test-slow: $(VENV)/.dev ## The slow tests
 	pytest -m slow
 
 test-remote: $(VENV)/.remote ## The tests against real servers, started on this machine: SSH, S3, PostgreSQL
@@ -60,7 +61,10 @@ test-remote: $(VENV)/.remote ## The tests against real servers, started on this 
 bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/
 	python -m benchmarks
 
-verify: $(VENV)/.dev ## Run the pipeline again in a scratch clone: does each stage give the committed bytes?
+gpu: $(VENV)/.bench ## Show all of it on this GPU, in 25 minutes: benchmarks/results/gpu/; IMAGES=<folder> adds a training on them
+	python -m benchmarks.gpu $(if $(IMAGES),--images '$(IMAGES)',tests resume processes training_step samples)
+
+verify: $(VENV)/.dev ## Run the pipeline again in a scratch clone, and compare each stage's bytes with the committed ones
 	python -m tests.robustness.verify
 
 verify-cpu: $(VENV)/.dev ## Compare the bytes of a tiny run with those on other CPUs, emulated by qemu-user
@@ -81,23 +85,23 @@ lint: $(VENV)/.dev ## ruff and mypy
 plots: $(VENV)/.run ## Write the page of numbers, curves and pictures; REV="main a b" compares revisions
 	python -m tools.plots_page dvc_plots $(REV)
 
-images: $(VENV)/.run ## Write samples as PNG files: REV=<name>, of ONLY="0 5 10-19" or CLASS="cat dog", into OUT
+images: $(VENV)/.run ## Write samples as PNG files into OUT: of REV=<name>, only ONLY="0 5 10-19" or CLASS="cat dog"
 	python -m tools.images $(if $(REV),'$(REV)') --only '$(ONLY)' --classes '$(CLASS)' --out '$(OUT)'
 
 curves: $(VENV)/.run ## Draw the loss curves of REV="<name> <name> ..." in one picture, OUT
 	python -m tools.curves $(or $(OUT),curves.png) $(REV)
 
-exps: $(VENV)/.run ## Show the experiments, seeds together; BY=<parameter> draws, P=1 adds p-values, RUNS=1 parts the seeds
+exps: $(VENV)/.run ## Show the experiments, seeds together; BY=<parameter> draws, P=1 adds p-values, RUNS=1 a row per run
 	python -m tools.exps $(if $(BY),--by '$(BY)') $(if $(METRIC),--metric $(METRIC)) $(if $(P),--p) $(if $(RUNS),--runs) \
 	    $(if $(OUT),--out '$(OUT)')
 
-verdict: $(VENV)/.run ## Is B better than A? REV="A B" are commits or experiments; METRIC=<name> asks for another number
+verdict: $(VENV)/.run ## Is B better than A? REV="A B" are commits or experiments; METRIC=<name> compares another number
 	python -m tools.verdict $(REV) $(if $(METRIC),--metric $(METRIC))
 
-search: $(VENV)/.run ## Search conf/search/<SEARCH>.yaml by Optuna; again resumes; ADOPT=<worker> takes over what a lost one began
+search: $(VENV)/.run ## Search conf/search/<SEARCH>.yaml by Optuna, or resume; ADOPT=<worker> takes over a lost worker's trials
 	python -m tools.search $(or $(SEARCH),default) $(if $(ADOPT),--adopt $(ADOPT))
 
-states: $(VENV)/.run ## Show the states of unfinished runs; CLEAN=1 deletes them, ADOPT=<name> gives one to today's code
+states: $(VENV)/.run ## Show the states of unfinished runs; CLEAN=1 deletes them, ADOPT=<name> lets today's code resume one
 	python -m tools.states $(if $(CLEAN),--clean) $(if $(ADOPT),--adopt $(ADOPT))
 
 params: $(VENV)/.run ## Compose params.yaml from conf/, as dvc exp run does
@@ -114,7 +118,7 @@ lock: $(VENV)/.dev ## Compile the pinned requirements again from pyproject.toml
 	uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --upgrade \
 	    pyproject.toml --extra remote -c requirements-dev.txt -o requirements-remote.txt
 
-# The stamps say which requirements are installed; a newer file installs again
+# The stamp files record which requirements are installed; a newer requirements file installs again
 $(VENV)/.run: requirements.txt pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(call install,-r requirements.txt)

@@ -21,7 +21,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The facts of the machine on which the numbers depend."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -40,16 +40,16 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is asked for, one after the other."""
+    """Run the measurements that are asked for, one after the other."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(MEASUREMENTS)}; none: all")
-    parser.add_argument("--quick", action="store_true", help="only see that everything works")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, ours and diffusers'")
-    parser.add_argument("--render", action="store_true", help="only make the page from the numbers that are there")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(MEASUREMENTS)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="only check that everything works")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile, ours and diffusers'")
+    parser.add_argument("--render", action="store_true", help="only write the page again from the existing numbers")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(MEASUREMENTS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(MEASUREMENTS)}")
-    # our stages set the spins: without them, a load beside the run costs a contender several times as much
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(MEASUREMENTS)}")
+    # our stages set the spins: without them, other load on the machine slows a contender several times as much
     os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": OPENMP_SPINS}
     for name in [] if arguments.render else arguments.names or MEASUREMENTS:
         print(f"{name}:", flush=True)

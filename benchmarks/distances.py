@@ -1,7 +1,8 @@
-"""What the distances of an evaluation cost: python -m benchmarks.distances [--minutes 15]
+"""Measure the cost of an evaluation's distances: python -m benchmarks.distances [--minutes 30]
 
-Random features in place of images, and the functions that the stage evaluate calls. The cells run from the cheapest up
-for as long as the minutes last; what is left is marked, and nothing is guessed from other cells.
+It calls the functions of the stage evaluate with random features in place of images. The cells run from the cheapest up
+until the minutes are used. The other cells get an estimate, marked as one: their number of operations at the rate of
+the largest cell of their part that ran.
 """
 
 import argparse
@@ -17,20 +18,20 @@ import numpy as np
 
 from benchmarks.__main__ import machine
 from benchmarks.report import RESULTS
-from benchmarks.workers import Contender, Tell, Worker
+from benchmarks.workers import Contender, Send, Worker
 
 SAMPLES, REAL, WIDTHS = (10_000, 50_000), (10_000, 100_000, 1_000_000), (64, 768, 2048, 3072)
 PARTS = {
     "fréchet": "Fréchet distance with its error, from the features",
     "pairs": "KID, precision, recall, density, coverage, with errors",
-    "nearest": "nearest training images",
+    "nearest": "Nearest training images",
 }
 FILE = RESULTS / "distances.json"
-CPU_RATE = 8e9  # operations per second, low, to know what fits the minutes
+CPU_RATE = 1e10  # operations per second, a low estimate, to decide which cells fit the minutes
 
 
 def operations(part: str, samples: int, real: int, width: int) -> float:
-    """About what a cell takes."""
+    """The operations of a cell, roughly."""
     if part == "fréchet":
         return 2.0 * (2 * samples + real) * width**2 + 120 * width**3
     if part == "pairs":
@@ -54,7 +55,7 @@ def features(path: Path, count: int, width: int, seed: int) -> None:
 
 
 class Peak(threading.Thread):
-    """The most memory of this process while it runs, less the pages of mapped files: looked up 50 times a second."""
+    """The peak memory of this process, without the pages of mapped files: sampled 50 times per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -63,23 +64,23 @@ class Peak(threading.Thread):
         self.start()
 
     def look(self) -> None:
-        """Look once."""
+        """Sample once."""
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         self.mib = max(self.mib, int(status["RssAnon"].split()[0]) / 1024)
 
     def run(self) -> None:
-        """Look, until `stop`."""
+        """Sample until `stop`."""
         while not self._done.wait(0.02):
             self.look()
 
     def stop(self) -> float:
-        """The most so far, in MiB."""
+        """Stop, and return the peak in MiB."""
         self._done.set()
         self.join()
         return self.mib
 
 
-def cell(tell: Tell, part: str, samples: str, real: str) -> None:
+def cell(send: Send, part: str, samples: str, real: str) -> None:
     """One turn: the seconds and the peak of memory of a part."""
     import torch
 
@@ -92,17 +93,17 @@ def cell(tell: Tell, part: str, samples: str, real: str) -> None:
         "pairs": lambda: pairs.compare(a, pairs.real_pairs(b, 3, device), 3, 0, device),
         "nearest": lambda: neighbours.nearest(a, b, device),
     }
-    tell("ready")
+    send("ready")
     peak, start = Peak(), time.perf_counter()
     work[part]()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds, mib = time.perf_counter() - start, peak.stop()
-    tell({"seconds": seconds, "mib": max(mib, torch.cuda.max_memory_allocated() / 2**20)})
+    send({"seconds": seconds, "mib": max(mib, torch.cuda.max_memory_allocated() / 2**20)})
 
 
 def measure(minutes: float) -> list[dict[str, Any]]:
-    """A row for each cell, without a cost where the minutes did not last."""
+    """A row for each cell; without a cost where the minutes were used up."""
     rows, end = [], time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder:
         for part, n, m, width in cells():
@@ -123,14 +124,26 @@ def measure(minutes: float) -> list[dict[str, Any]]:
 def page(rows: list[dict[str, Any]]) -> str:
     """The tables, in markdown."""
     found = {(row["part"], row["samples"], row["real"], row["width"]): row for row in rows}
+
+    def work(row: dict[str, Any]) -> float:
+        return operations(row["part"], row["samples"], row["real"], row["width"])
+
+    def text(row: dict[str, Any]) -> str:
+        if "mib" in row:
+            return f"{row['seconds']:.3g} s, {row['mib']:,.0f} MiB"
+        if not (ran := [r for r in rows if r["part"] == row["part"] and "mib" in r]):
+            return "not run"
+        largest = max(ran, key=work)
+        minutes = work(row) / work(largest) * largest["seconds"] / 60
+        return f"≈ {minutes:,.0f} min" if minutes < 90 else f"≈ {minutes / 60:,.0f} h"
+
     lines = []
     for part, what in PARTS.items():
         lines += [f"{what}:", "", f"| samples | real images | {' | '.join(f'{width:,}' for width in WIDTHS)} |"]
         lines += ["| --- " * (2 + len(WIDTHS)) + "|"]
         for n in SAMPLES:
             for m in REAL:
-                row = [found[part, n, m, width] for width in WIDTHS]
-                costs = [f"{r['seconds']:.3g} s, {r['mib']:,.0f} MiB" if "mib" in r else "not run" for r in row]
+                costs = [text(found[part, n, m, width]) for width in WIDTHS]
                 lines.append(f"| {n:,} | {m:,} | {' | '.join(costs)} |")
         lines.append("")
     return "\n".join(lines)
@@ -139,7 +152,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, write the numbers, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--minutes", type=float, default=30)
     arguments = parser.parse_args()
     rows = measure(arguments.minutes)
     FILE.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")

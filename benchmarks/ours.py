@@ -5,15 +5,15 @@ torch is imported inside the functions, which run in processes of their own: som
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from benchmarks.workers import Tell, cost, repeat
+from benchmarks.workers import Send, cost, repeat
 from ddpm.config.load import check
 from ddpm.config.schema import Params
 from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
@@ -34,10 +34,15 @@ def environment(reproducible: bool) -> dict[str, str]:
     return REPRODUCIBLE_ENVIRONMENT if reproducible else {}
 
 
-def params(*overrides: str) -> Params:
-    """What conf/ composes, with changes as `dvc exp run -S` takes them."""
+def composed(*overrides: str) -> DictConfig:
+    """What conf/ composes, with changes as `dvc exp run -S` takes them: the content of params.yaml."""
     with initialize_config_dir(str(CONF), version_base=None):
-        return check(OmegaConf.to_container(compose("config", overrides=["tracking.wandb=disabled", *overrides])))
+        return compose("config", overrides=["tracking.wandb=disabled", *overrides])
+
+
+def params(*overrides: str) -> Params:
+    """The same, checked."""
+    return check(OmegaConf.to_container(composed(*overrides)))
 
 
 def _network(p: Params, size: int, channels: int) -> Any:
@@ -79,7 +84,7 @@ def _train(p: Params, images: np.ndarray, turn: Callable[[], object] | None = No
         return Training(setup, p.train, split, split, tracker, state).run()[p.train.ema_widths[0]]
 
 
-def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:
+def training(send: Send, channels: int, size: int, batch: int, steps: int, overrides: list[str]) -> None:
     """Turns of so many steps of the training loop, all that a step does there included: batches, curves, averages."""
     p = params(
         "model=paper",
@@ -100,7 +105,7 @@ def training(tell: Tell, channels: int, size: int, batch: int, steps: int, overr
 
     def turn() -> None:
         nonlocal since
-        tell(cost(since, steps) | {"parameters": parameters})
+        send(cost(since, steps) | {"parameters": parameters})
         since = time.perf_counter()
 
     _train(p, images, turn)
@@ -123,7 +128,7 @@ def save_random_model(folder: Path) -> None:
     save_model(folder, network, _diffusion(p, "cpu").config, {})
 
 
-def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, overrides: list[str]) -> None:
+def sampling(send: Send, folder: str, batch: int, steps: int, out: str, overrides: list[str]) -> None:
     """Turns of one batch by DDIM; `out` receives it as float32 (batch, H, W, C) in [0, 1]."""
     import torch
 
@@ -145,7 +150,7 @@ def sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, override
         *_, last = samplers.ddim(model, diffusion, x, path, lambda: x)
         np.save(out, (last.x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
 
-    repeat(tell, draw, 1)
+    repeat(send, draw, 1)
 
 
 def digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +172,7 @@ def distance(samples: np.ndarray, real: np.ndarray) -> float:
     return frechet_distance(a, b).value
 
 
-def quality(tell: Tell, images: str, count: int, out: str) -> None:
+def quality(send: Send, images: str, count: int, out: str) -> None:
     """Turns of a whole training that fills the seconds asked for; `out` receives its samples."""
     from benchmarks.quality import fill
     from ddpm.runtime.device import choose_device
@@ -182,22 +187,27 @@ def quality(tell: Tell, images: str, count: int, out: str) -> None:
         settings = p.sample.model_copy(update={"count": count})
         return draw(model, _diffusion(p, choose_device(p.runtime)), settings)
 
-    fill(tell, train, samples, out)
+    fill(send, train, samples, out)
 
 
-def reading(tell: Tell, images: str, batch: int, steps: int) -> None:
-    """Turns of so many batches from a file that is memory-mapped."""
+def batches_of(images: str | Path, batch: int) -> Iterator[Any]:
+    """Batches without end from a file that is memory-mapped."""
     from ddpm.data.batches import batches
     from ddpm.data.prepared import Images
     from ddpm.files import load_array
 
     array = load_array(images, "", "uint8", 4)
     split = Images(array, np.zeros(len(array), np.int64))
-    stream = batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
-    repeat(tell, lambda: next(stream), steps)
+    return batches(split, batch_size=batch, seed=0, steps=range(10**9), transforms=[])
 
 
-def drawing(tell: Tell, count: int) -> None:
+def reading(send: Send, images: str, batch: int, steps: int) -> None:
+    """Turns of so many batches from a file that is memory-mapped."""
+    stream = batches_of(images, batch)
+    repeat(send, lambda: next(stream), steps)
+
+
+def drawing(send: Send, count: int) -> None:
     """Turns that draw so many samples, in batches, with the default network and 10 steps of DDIM."""
     from ddpm.runtime.device import choose_device
     from ddpm.sampling import draw
@@ -206,4 +216,24 @@ def drawing(tell: Tell, count: int) -> None:
     device = choose_device(p.runtime)
     model = _network(p, 8, 1).to(device).eval()
     diffusion = _diffusion(p, device)
-    repeat(tell, lambda: draw(model, diffusion, p.sample), 1)
+    repeat(send, lambda: draw(model, diffusion, p.sample), 1)
+
+
+def stored(send: Send, folder: str, steps: int, overrides: list[str]) -> None:
+    """Turns of so many steps of the training loop on the prepared data of a folder."""
+    from ddpm.data.prepared import Prepared
+
+    p = params(
+        *overrides,
+        f"train.log_every_steps={steps}",
+        "train.steps=1000000",
+        "train.save_every_seconds=1e9",  # its clock would also run while the others take their turns
+    )
+    since = time.perf_counter()
+
+    def turn() -> None:
+        nonlocal since
+        send(cost(since, steps))
+        since = time.perf_counter()
+
+    _train(p, Prepared(Path(folder) / "data/prepared").train.images, turn)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.workers import Tell, repeat
+from benchmarks.workers import Send, repeat
 
 NEVER = 10**9
 
@@ -102,12 +102,12 @@ class _Recipe:
 
 
 def diffusers_training(
-    tell: Tell, channels: int, batch: int, steps: int, best: bool, precision: str, compiled: bool
+    send: Send, channels: int, batch: int, steps: int, best: bool, precision: str, compiled: bool
 ) -> None:
     """Turns of so many training steps of the paper's network."""
     recipe = _Recipe(paper(channels), NEVER, best, precision, compiled)
     clean = torch.rand(batch, 3, 32, 32, device=recipe.accelerator.device) * 2 - 1
-    repeat(tell, lambda: recipe.step(clean), steps, parameters=recipe.parameters)
+    repeat(send, lambda: recipe.step(clean), steps, parameters=recipe.parameters)
 
 
 def _epochs(images: Tensor, batch: int) -> Iterator[Tensor]:
@@ -130,12 +130,12 @@ def _trainer(folder: str, images: Tensor, batch: int, unet: dict[str, Any], **mo
     return trainer
 
 
-def _go_on(trainer: Any, steps: int) -> None:
+def _continue(trainer: Any, steps: int) -> None:
     trainer.train_num_steps += steps
     trainer.train()
 
 
-def ddpm_pytorch_training(tell: Tell, channels: int, batch: int, steps: int, amp: bool) -> None:
+def ddpm_pytorch_training(send: Send, channels: int, batch: int, steps: int, amp: bool) -> None:
     """Turns of so many training steps with the channels of the paper's network."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(
@@ -147,10 +147,10 @@ def ddpm_pytorch_training(tell: Tell, channels: int, batch: int, steps: int, amp
             mixed_precision_type="bf16",  # its default, fp16, is for GPUs alone
         )
         parameters = sum(x.numel() for x in trainer.model.model.parameters())
-        repeat(tell, lambda: _go_on(trainer, 1), steps, parameters=parameters)
+        repeat(send, lambda: _continue(trainer, 1), steps, parameters=parameters)
 
 
-def diffusers_sampling(tell: Tell, folder: str, batch: int, steps: int, out: str, best: bool) -> None:
+def diffusers_sampling(send: Send, folder: str, batch: int, steps: int, out: str, best: bool) -> None:
     """Turns of one batch by its DDIM pipeline; `out` receives it as float32 (batch, H, W, C) in [0, 1]."""
     from diffusers import DDIMPipeline
 
@@ -167,10 +167,10 @@ def diffusers_sampling(tell: Tell, folder: str, batch: int, steps: int, out: str
         options = {"use_clipped_model_output": True, "num_inference_steps": steps, "output_type": "np"}
         np.save(out, pipeline(batch, generator, **options).images)
 
-    repeat(tell, draw, 1)
+    repeat(send, draw, 1)
 
 
-def diffusers_quality(tell: Tell, images: str, count: int, out: str) -> None:
+def diffusers_quality(send: Send, images: str, count: int, out: str) -> None:
     """Turns of a whole training by its recipe that fills the seconds asked for; `out` receives samples, uint8."""
     from diffusers import DDIMPipeline
 
@@ -193,23 +193,23 @@ def diffusers_quality(tell: Tell, images: str, count: int, out: str) -> None:
         parts = [pipeline(count // 5, generator, num_inference_steps=50, output_type="np").images for _ in range(5)]
         return (np.concatenate(parts) * 255).round().astype(np.uint8)
 
-    fill(tell, train, samples, out)
+    fill(send, train, samples, out)
 
 
-def ddpm_pytorch_quality(tell: Tell, images: str, count: int, out: str) -> None:
-    """Turns that go on with one training until it has had the seconds asked for: its learning rate is constant."""
+def ddpm_pytorch_quality(send: Send, images: str, count: int, out: str) -> None:
+    """Turns that continue one training until it has had the seconds asked for: its learning rate is constant."""
     clean = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2).float() / 255
     unet = {"dim": 64, "dim_mults": (1, 2), "channels": 1}  # better at each time than 32, and than three levels
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(folder, clean, 16, unet)
-        trained, wanted = 0.0, tell("ready")
+        trained, wanted = 0.0, send("ready")
         while True:
             while trained < wanted:
                 start = time.perf_counter()
-                _go_on(trainer, 20)
+                _continue(trainer, 20)
                 trained += time.perf_counter() - start
             model = trainer.ema.ema_model.eval()
             parts = [model.sample(batch_size=count // 5) for _ in range(5)]
             drawn = (torch.cat(parts).clamp(0, 1) * 255).round().byte()
             np.save(out, drawn.permute(0, 2, 3, 1).cpu().numpy())
-            wanted = tell({"seconds": trained, "steps": trainer.step})
+            wanted = send({"seconds": trained, "steps": trainer.step})

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import ours
 from benchmarks.report import curves, table
-from benchmarks.workers import Contender, Tell, alternate
+from benchmarks.workers import Contender, Send, alternate
 
 TITLE = "Quality by training time"
 OURS = "ours"
@@ -23,7 +23,7 @@ CONTENDERS = {
 }
 
 
-def fill(tell: Tell, train: Callable[[int], Trained], draw: Callable[[Trained], np.ndarray], out: str) -> None:
+def fill(send: Send, train: Callable[[int], Trained], draw: Callable[[Trained], np.ndarray], out: str) -> None:
     """Turns of a training of as many steps as fit into the seconds asked for.
 
     A learning rate that falls to zero at the end has to know the number of its steps: it follows from the pace of the
@@ -37,7 +37,7 @@ def fill(tell: Tell, train: Callable[[int], Trained], draw: Callable[[Trained], 
     few, steps = 5, 55
     train(few)  # to warm up
     least, seconds = timed(few)[1], timed(steps)[1]
-    wanted = tell("ready")
+    wanted = send("ready")
     while True:
         for _ in range(TRIES):
             pace = max(seconds - least, 1e-3) / (steps - few)
@@ -46,7 +46,7 @@ def fill(tell: Tell, train: Callable[[int], Trained], draw: Callable[[Trained], 
             if abs(seconds - wanted) < CLOSE * wanted:
                 break
         np.save(out, draw(trained))
-        wanted = tell({"seconds": seconds, "steps": steps})
+        wanted = send({"seconds": seconds, "steps": steps})
 
 
 def measure(quick: bool, compiled: bool) -> dict[str, Any]:

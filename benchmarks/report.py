@@ -1,4 +1,4 @@
-"""From the numbers of a run to a page of tables and plots."""
+"""Render the numbers of a run as a page of tables and plots."""
 
 import json
 import statistics
@@ -14,17 +14,17 @@ from PIL import Image
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Measured side by side
 
-Made by `make bench`; change nothing here. Each contender is loaded in a process of its own, and they take turns, so
-that all see the same machine, with the same GOMP_SPINCOUNT: a load beside the run, which should be alone, costs all
-alike. Told is the median over the rounds, with the least and the most.
+Written by `make bench`; do not edit. Each contender is loaded in its own process, and they take turns, so that all see
+the same machine, with the same GOMP_SPINCOUNT. The run should be alone: other load slows all contenders alike. Each
+number is the median over the rounds, with the lowest and the highest.
 """
-SMOKE = "\n**A smoke run (`--quick`), to see that everything works: its numbers measure nothing.**\n"
+SMOKE = "\n**A smoke run (`--quick`), to check that everything works: its numbers mean nothing.**\n"
 
 Turns = dict[str, list[dict[str, Any]]]  # the answers of each contender
 
 
 class Spread(NamedTuple):
-    """Several measurements of one thing."""
+    """The lowest, the median and the highest of several measurements."""
 
     low: float
     median: float
@@ -32,7 +32,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Of one value or more."""
+        """The spread of one value or more."""
         ordered = sorted(values)
         return cls(ordered[0], statistics.median(ordered), ordered[-1])
 
@@ -41,12 +41,12 @@ class Spread(NamedTuple):
 
 
 def faster(turns: Turns, ours: str, theirs: str) -> Spread:
-    """How many times as fast as theirs ours is: the ratio of each round."""
+    """How many times as fast as `theirs` `ours` is: the spread of the ratio in each round."""
     return Spread.of(b["seconds"] / a["seconds"] for a, b in zip(turns[ours], turns[theirs], strict=True))
 
 
 def peak(answers: list[dict[str, Any]]) -> str:
-    """Of memory."""
+    """The peak of memory in MiB, as text."""
     return f"{max(answer['mib'] for answer in answers):,.0f}"
 
 
@@ -57,11 +57,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def bars(turns: Turns, images: int) -> dict[str, Any]:
-    """A chart of images a second, where a step or a batch is of so many images."""
+    """A chart of images per second; `images` is the number of images per step or batch."""
     spreads = {name: Spread.of(images / answer["seconds"] for answer in answers) for name, answers in turns.items()}
     rows = [{"name": name, "ours": name.startswith("ours")} | spread._asdict() for name, spread in spreads.items()]
     y = {"field": "name", "sort": None, "title": None, "axis": {"labelLimit": 400}}
-    x = {"field": "median", "type": "quantitative", "title": "images a second"}
+    x = {"field": "median", "type": "quantitative", "title": "images per second"}
     rule = {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}}
     color = {"field": "ours", "legend": None}
     layer = [{"mark": "bar", "encoding": {"x": x, "color": color}}, {"mark": "rule", "encoding": rule}]
@@ -81,13 +81,13 @@ def curves(x: str, y: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def keep(name: str, result: dict[str, Any]) -> None:
-    """The numbers of a measurement, as JSON."""
+    """Write the numbers of a measurement, as JSON."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def render(measurements: dict[str, ModuleType]) -> tuple[str, dict[str, Image.Image]]:
-    """The page of all numbers that were kept, and its plots by file name. The same numbers give the same page."""
+    """The page of all recorded numbers, and its plots by file name. The same numbers give the same page."""
     page, plots = HEAD, {}
     for name, module in measurements.items():
         if not (path := RESULTS / f"{name}.json").exists():

@@ -42,7 +42,7 @@ def measure(quick: bool, compiled: bool) -> dict[str, Any]:
         first, *rest = (np.load(path) for path in Path(folder).glob("*.npy"))
     difference = max(float(np.abs(other - first).max()) for other in rest)
     assert difference < TOLERANCE, f"the samples differ by {difference:.2g}"
-    assert np.ptp(first) > 0.5, "the samples are blank: it says nothing that they are equal"
+    assert np.ptp(first) > 0.5, "the samples are blank: that they are equal proves nothing"
     return {"batch": batch, "difference": difference, "turns": turns}
 
 
@@ -53,13 +53,13 @@ def page(result: dict[str, Any]) -> str:
     for name, answers in turns.items():
         rate = Spread.of(batch / answer["seconds"] for answer in answers)
         rows.append((name, rate, *(faster(turns, name, peer) for peer in PEERS), peak(answers)))
-    head = ("contender", "images a second", *(f"times as fast as {peer}" for peer in PEERS), "peak MiB")
+    head = ("contender", "images per second", *(f"times as fast as {peer}" for peer in PEERS), "peak MiB")
     return (
-        f"DDIM, {STEPS} steps, batch {batch}, fp32, the same weights and start noise. The samples of all, in [0, 1], "
-        f"differ by at most {result['difference']:.1g}.\n\n{table(head, rows)}"
+        f"DDIM, {STEPS} steps, batch {batch}, fp32, the same weights and start noise. The samples of all "
+        f"contenders, in [0, 1], differ by at most {result['difference']:.1g}.\n\n{table(head, rows)}"
     )
 
 
 def chart(result: dict[str, Any]) -> dict[str, Any]:
-    """Images a second."""
+    """Images per second."""
     return bars(result["turns"], result["batch"])

@@ -5,10 +5,10 @@ from typing import Any
 
 from benchmarks import ours
 from benchmarks.report import Spread, bars, faster, peak, table
-from benchmarks.workers import Contender, Tell, alternate
+from benchmarks.workers import Contender, Send, alternate
 
 TITLE = "Training step of the paper's network"
-PAPER, GFLOP = 35_746_307, 37.5  # its parameters, and the operations of an image, forward and backward
+PAPER, GFLOP = 35_746_307, 37.5  # the network's parameters; its operations per image, forward and backward
 MATMUL = "matrix multiplication"
 EXAMPLE = "diffusers, as its example ships"
 PAIRS = [
@@ -21,8 +21,8 @@ PAIRS = [
 ]
 
 
-def matmul(tell: Tell, size: int) -> None:
-    """Turns that tell the GFLOP/s of products of square matrices, the best of several, by precision."""
+def matmul(send: Send, size: int) -> None:
+    """Turns that measure products of square matrices: the best GFLOP/s of several, by precision."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -35,10 +35,10 @@ def matmul(tell: Tell, size: int) -> None:
             times = []
             for _ in range(10):
                 start = time.perf_counter()
-                torch.mm(a, a)[0, 0].item()  # which waits for a GPU
+                torch.mm(a, a)[0, 0].item()  # .item() waits for a GPU
                 times.append(time.perf_counter() - start)
             rates[kind] = 2 * size**3 / min(times) / 1e9
-        tell(rates)
+        send(rates)
 
 
 def measure(quick: bool, compiled: bool) -> dict[str, Any]:
@@ -93,16 +93,22 @@ def page(result: dict[str, Any]) -> str:
         count = answers[0]["parameters"]
         share = f"{batch * GFLOP / seconds.median / rate[kind]:.0%} of {kind}" if count == PAPER else "–"
         rows.append((name, f"{count / 1e6:.1f} M", seconds, faster(turns, name, EXAMPLE), share, peak(answers)))
-    head = ("contender", "parameters", "seconds a step", "times as fast as diffusers' example", "share of the machine")
+    head = (
+        "contender",
+        "parameters",
+        "seconds per step",
+        "times as fast as diffusers' example",
+        "share of the machine",
+    )
     measured = ", ".join(f"{value:,.0f} GFLOP/s in {kind}" for kind, value in rate.items())
     compiled = ", torch.compile for ours at its fastest and diffusers at its best" if result["compiled"] else ""
     return (
         f"A full step (forward, backward, clipping, optimizer, schedule, EMA), batch {batch}{compiled}. The share is "
-        f"of the machine's matrix multiplication, measured in the same rounds: {measured}; a step of the paper's "
-        f"network is {GFLOP} GFLOP an image.\n\n{table((*head, 'peak MiB'), rows)}\n"
+        f"of the machine's rate of matrix multiplication, measured in the same rounds: {measured}; a step of the "
+        f"paper's network takes {GFLOP} GFLOP per image.\n\n{table((*head, 'peak MiB'), rows)}\n"
     ) + table(("ours", "peer", "times as fast"), [(a, b, faster(turns, a, b)) for a, b in PAIRS])
 
 
 def chart(result: dict[str, Any]) -> dict[str, Any]:
-    """Images a second."""
+    """Images per second."""
     return bars(result["turns"], result["batch"])

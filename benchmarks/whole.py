@@ -1,4 +1,4 @@
-"""The pipeline as a person runs it, in a scratch clone: what it costs beside the training itself."""
+"""The pipeline as a user runs it, in a scratch clone: its cost beyond the training itself."""
 
 import re
 import tempfile
@@ -9,34 +9,34 @@ from typing import Any
 from benchmarks.report import Spread, table
 from tests.robustness.scratch import clone, environment, run
 
-TITLE = "The whole"
-FACTS = {  # what the train stage tells
+TITLE = "The whole pipeline"
+FACTS = {  # lines that the stage train prints
     "share": r"([\d.]+) ?% in forward, backward and step",
     "first_step": r"first step after ([\d.]+) s",
 }
 BARE = "stages: {hello: {cmd: echo hello > out, outs: [out]}}\n"
 
 
-def told(output: str) -> dict[str, float]:
-    """The facts in what a training printed.
+def facts(output: str) -> dict[str, float]:
+    """The facts in the output of a training.
 
     Raises:
-        RuntimeError: one is missing.
+        RuntimeError: a fact is missing.
     """
     found = {name: re.search(pattern, output) for name, pattern in FACTS.items()}
     if missing := [FACTS[name] for name, match in found.items() if not match]:
-        raise RuntimeError(f"the train stage did not tell {missing}:\n{output[-2000:]}")
+        raise RuntimeError(f"the stage train did not print {missing}:\n{output[-2000:]}")
     return {name: float(match[1]) for name, match in found.items() if match}
 
 
 def measure(quick: bool, compiled: bool) -> dict[str, Any]:
-    """What a real `dvc repro` tells, and the seconds of one with nothing to do, beside those of bare dvc."""
+    """The facts of a real `dvc repro`, and the seconds of one with nothing to do, beside those of bare dvc."""
     with tempfile.TemporaryDirectory() as top:
         pipeline, bare = Path(top, "pipeline"), Path(top, "bare")
         env = environment(pipeline)
         clone(pipeline)
         repro = ["dvc", "exp", "run", "-S", "+experiment=smoke"] if quick else ["dvc", "repro"]
-        facts: dict[str, Any] = dict(told(run(pipeline, env, *repro)))
+        found: dict[str, Any] = dict(facts(run(pipeline, env, *repro)))
         bare.mkdir()
         for command in ("git init -q", "dvc init -q"):
             run(bare, env, *command.split())
@@ -48,7 +48,7 @@ def measure(quick: bool, compiled: bool) -> dict[str, Any]:
                 start = time.perf_counter()
                 run(folder, env, "dvc", "repro")
                 times[folder.name].append(time.perf_counter() - start)
-    return facts | {"nothing": times}
+    return found | {"nothing": times}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -58,7 +58,7 @@ def page(result: dict[str, Any]) -> str:
         ("share of the training's wall clock in forward, backward and step", f"{result['share']:.1f} %"),
         ("from process start to the first step", f"{result['first_step']:.1f} s"),
         ("`dvc repro` with nothing to do, s", Spread.of(result["nothing"]["pipeline"])),
-        ("… of one trivial stage, s", Spread.of(result["nothing"]["bare"])),
-        ("… beyond it, s", Spread.of(beyond)),
+        ("… the same with one trivial stage, s", Spread.of(result["nothing"]["bare"])),
+        ("… the difference, s", Spread.of(beyond)),
     ]
     return "A real `dvc repro` of the default in a fresh clone.\n\n" + table(("", ""), rows)

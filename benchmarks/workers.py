@@ -1,7 +1,7 @@
-"""Contenders take turns: each is loaded in a process of its own, and works only while it is asked to.
+"""Contenders take turns: each is loaded in its own process, and works only during its turn.
 
-A contender is a function `work(tell, **settings)`. `tell(answer)` hands over the answer of a turn (JSON), and returns
-the request (JSON) of the next one when that begins; the first answer says that the contender is loaded and warm.
+A contender is a function `work(send, **settings)`. `send(answer)` sends the answer of a turn (JSON), waits for the next
+turn, and returns its request (JSON). The first answer means that the contender is loaded and warm.
 """
 
 import importlib
@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Tell = Callable[[Any], Any]
+Send = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Who takes part: a name for the table, "module:function", its settings, and what its process needs to be told."""
+    """A contender: its name in the table, "module:function", its settings, and its environment variables."""
 
     name: str
     function: str
@@ -34,7 +34,7 @@ class Worker:
     """A contender's process. Use as a context manager; `ready` is its first answer.
 
     Raises:
-        RuntimeError: the process ended, with the last that it said.
+        RuntimeError: the process ended; the message holds its last output.
     """
 
     def __init__(self, contender: Contender) -> None:
@@ -51,7 +51,7 @@ class Worker:
         self.ready = self._answer()
 
     def ask(self, request: Any = None) -> Any:
-        """One turn."""
+        """Take one turn: send the request, and return the answer."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -68,14 +68,14 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # closes its input, which ends it
+        self._process.communicate()  # closes the input of the process, which ends it
         self._said.close()
 
 
 def alternate(
     contenders: Sequence[Contender], requests: Sequence[Any], after: Callable[[Any], object] = lambda answer: None
 ) -> dict[str, list[Any]]:
-    """The answers of each contender: all are loaded, and then each request goes to one after the other.
+    """The answers of each contender: all are loaded, then each request goes to one contender after the other.
 
     `after` may add to each answer before the next turn begins.
     """
@@ -94,47 +94,47 @@ def alternate(
 
 
 def alone(contender: Contender) -> Any:
-    """The answer of one turn of a process that ends with it."""
+    """The answer of one turn in a process that ends after it."""
     with Worker(contender) as worker:
         return worker.ask()
 
 
 def cost(start: float, steps: int) -> dict[str, float]:
-    """What a turn tells: seconds a step since `start` (of time.perf_counter), and the peak of memory so far."""
+    """The cost of a turn: seconds per step since `start` (of time.perf_counter), and the peak of memory so far."""
     import torch
 
     if not torch.cuda.is_available():
-        # not getrusage, whose peak also counts the parent's
+        # not getrusage, whose peak also counts the parent's memory
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return {"seconds": (time.perf_counter() - start) / steps, "mib": int(status["VmHWM"].split()[0]) / 1024}
     torch.cuda.synchronize()
-    told = {"seconds": (time.perf_counter() - start) / steps, "mib": torch.cuda.max_memory_allocated() / 2**20}
-    torch.cuda.empty_cache()  # the memory is the next contender's
-    return told
+    measured = {"seconds": (time.perf_counter() - start) / steps, "mib": torch.cuda.max_memory_allocated() / 2**20}
+    torch.cuda.empty_cache()  # leave the memory to the next contender
+    return measured
 
 
-def repeat(tell: Tell, step: Callable[[], object], steps: int, **more: Any) -> None:
-    """Take turns of so many steps; one goes before, to warm up. `more` is told beside the cost."""
+def repeat(send: Send, step: Callable[[], object], steps: int, **more: Any) -> None:
+    """Take turns of `steps` steps, the first to warm up. `more` is sent with the cost."""
     while True:
         start = time.perf_counter()
         for _ in range(steps):
             step()
-        tell(cost(start, steps) | more)
+        send(cost(start, steps) | more)
 
 
 def main() -> None:
-    """The other end of a `Worker`."""
+    """Run a contender: the process that a `Worker` starts."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed must not stand between the answers
+    os.dup2(2, 1)  # other output must not mix with the answers
 
-    def tell(answer: Any) -> Any:
+    def send(answer: Any) -> Any:
         print(json.dumps(answer), file=answers, flush=True)
         if not (line := sys.stdin.readline()):
             sys.exit()
         return json.loads(line)
 
     module, _, function = sys.argv[1].partition(":")
-    getattr(importlib.import_module(module), function)(tell, **json.loads(sys.argv[2]))
+    getattr(importlib.import_module(module), function)(send, **json.loads(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Shown as it is, without a traceback. One line a fault: what, its value, what is allowed or what to do."""
+    """Printed as it is, without a traceback. One line per fault: the setting or file, its value, and what to do."""
 
 
 def legible(name: object) -> str:
-    """A file's name as a message shows it: escaped where it would end the line or command the terminal."""
+    """A file's name as a message shows it: escaped where it would end the line or control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 

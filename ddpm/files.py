@@ -12,8 +12,8 @@ from ddpm.errors import UserError
 def write_file(path: str | Path, content: bytes | memoryview) -> None:
     """Write beside `path` and rename into place, so that a reader sees either the old file or the new one.
 
-    A link at `path`, such as DVC sets into its cache, is replaced: nothing is ever written through it. The folder is
-    made.
+    A link at `path`, such as one of DVC's into its cache, is replaced: nothing is ever written through it. A missing
+    folder is created.
 
     Raises:
         OSError: the disk is full or read-only; the error names the file.
@@ -26,7 +26,7 @@ def write_file(path: str | Path, content: bytes | memoryview) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        error.filename = str(path)  # a failed write does not know its file
+        error.filename = str(path)  # the error of a failed write carries no file name
         raise
 
 
@@ -72,5 +72,5 @@ def sha256(array: np.ndarray) -> str:
 
 
 def stale(path: str | Path, why: str, stage: str) -> UserError:
-    """The fault of a file that `stage` has to write again."""
+    """The error for a file that `stage` has to write again."""
     return UserError(f"{path}: {why}; run the stage {stage} again")

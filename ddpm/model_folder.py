@@ -70,7 +70,7 @@ PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 class TrainedModel(NamedTuple):
-    """A model folder: a network of it in evaluation mode, its diffusion, and the names of its classes.
+    """The content of a model folder: a network in evaluation mode, its diffusion, and the names of its classes.
 
     `classes` is empty for an unconditional network, and where the folder names none.
     """
@@ -93,14 +93,14 @@ def save_model(
     The same model, provenance and classes give the same bytes.
 
     Args:
-        unet: the one that is loaded where nothing else is asked for.
+        unet: the network that is loaded by default.
         provenance: plain values: the run's name, data, parameters.
         others: further averages of the weights, by their widths (see `ddpm.core.ema`). diffusers loads one as a
             variant: `UNet2DModel.from_pretrained(folder, subfolder="unet", variant="ema-0.05")`, or "live" for 0.
         classes: the names of the network's classes; needed where one of its labels stands for no label.
 
     Raises:
-        ValueError: not one name per class.
+        ValueError: the number of names is not the number of classes.
     """
     folder, config = Path(folder), unet.config
     if len(classes) != config.classes and (classes or config.has_no_label):
@@ -125,11 +125,11 @@ def save_model(
 
 
 def load_model(folder: str | Path, width: float | None = None, setting: str = "sample.ema_width") -> TrainedModel:
-    """Read a model folder, ours or of diffusers.
+    """Read a model folder, one of ours or one of diffusers'.
 
     Args:
-        width: of the average of the weights to load; None: the folder's first.
-        setting: what asks for the width, for the message where the folder lacks it.
+        width: the width of the average of the weights to load; None: the folder's first.
+        setting: the setting that asks for the width, to name it where the folder lacks that average.
 
     Raises:
         UserError: a file is missing, damaged, or asks for something this U-Net does not support; the line names it.
@@ -179,8 +179,8 @@ def load_weights(
         # dropout has no weights, and which label stands for none follows from the names
         if there != ours[name] and name not in ("dropout", "has_no_label"):
             raise UserError(
-                f"params.yaml: train.init_from = {folder}: its network has {name} = {there}, and the one that "
-                f"`model` and the data ask for {ours[name]}"
+                f"params.yaml: train.init_from = {folder}: its network has {name} = {there}, but `model` and the data "
+                f"ask for {ours[name]}"
             )
     if diffusion.prediction != prediction:
         print(
@@ -192,7 +192,7 @@ def load_weights(
 
 
 def training_run(folder: str | Path) -> str:
-    """The name of the run that made the model, by which the other stages record into the same.
+    """The name of the run that made the model; the other stages record into the same run.
 
     Raises:
         UserError: training.json names no run.
@@ -205,7 +205,7 @@ def training_run(folder: str | Path) -> str:
 
 
 def class_counts(folder: str | Path) -> tuple[int, ...]:
-    """How many training images of each class the data of the model had; empty where training.json does not say."""
+    """The number of the model's training images per class; empty where training.json does not hold it."""
     data = _read_json(Path(folder, TRAINING)).get("data")
     counts = data.get("class_counts") if isinstance(data, dict) else None
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
@@ -214,23 +214,23 @@ def class_counts(folder: str | Path) -> tuple[int, ...]:
 
 
 def weights_sha256(folder: str | Path, width: float | None = None) -> str:
-    """What identifies the weights of a model folder; `width` as for `load_model`.
+    """The SHA-256 of the file of the weights; `width` as for `load_model`.
 
     Raises:
-        UserError: there are none.
+        UserError: the folder holds no such weights.
     """
     with _weights_path(Path(folder), width).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find(folder: Path, path: Path) -> Path:
-    """The file in its part's folder, or in the folder itself, where the first models for diffusers have it."""
+    """The file in the sub-folder of its part, or in the folder itself, as in the first models for diffusers."""
     flat = folder / path.name
     return flat if flat.is_file() and not (folder / path).exists() else folder / path
 
 
 def _variant(width: float) -> Path:
-    """Where the average of this width is, beside the first; named as diffusers' `variant`."""
+    """The file of the average of this width, where it is not the first; named as diffusers' `variant`."""
     name = f"ema-{width:g}" if width else "live"
     return WEIGHTS.with_suffix(f".{name}{WEIGHTS.suffix}")
 
@@ -255,7 +255,7 @@ def _weights_path(folder: Path, width: float | None = None, setting: str = "samp
 
 
 def _widths(folder: Path) -> list[float]:
-    """The averages that a model folder holds, the one to load first; empty where it does not say."""
+    """The widths of the averages in a model folder, the default first; empty where training.json does not hold them."""
     value: Any = _read_json(folder / TRAINING)
     for key in ("params", "train", "ema_widths"):
         value = value.get(key) if isinstance(value, dict) else None
@@ -334,7 +334,7 @@ def _unet_from_json(values: dict[str, Any]) -> UNetConfig:
     """The configuration that a config.json of diffusers describes; a key that it leaves out has diffusers' default.
 
     Raises:
-        ValueError: it asks for something this U-Net does not support; names the key, its value and what is known.
+        ValueError: the file asks for something this U-Net does not support; names the key, its value, what is known.
     """
     values = DEFAULTS | values
     widths, groups, size = (values[key] for key in ("block_out_channels", "norm_num_groups", "sample_size"))
@@ -368,7 +368,7 @@ def _with_classes(config: UNetConfig, names: int) -> UNetConfig:
     """The configuration of a network with that many named classes: a label beyond them stands for no label.
 
     Raises:
-        ValueError: it has fewer labels, or more than that.
+        ValueError: it has fewer labels than names, or more than one label beyond them.
     """
     if names and config.num_class_embeds not in (names, names + 1):
         raise ValueError(f"num_class_embeds = {config.num_class_embeds}: does not fit the {names} class names")
@@ -394,8 +394,8 @@ def _diffusion_from_json(value: dict[str, Any]) -> DiffusionConfig:
     """The diffusion that a scheduler_config.json describes.
 
     Raises:
-        KeyError: it lacks a key.
-        ValueError: a value is not known here, naming it.
+        KeyError: a key is missing.
+        ValueError: a value is not known here; the message names it.
     """
     schedules = {theirs: ours for ours, theirs in SCHEDULES.items()}
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}

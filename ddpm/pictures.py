@@ -11,8 +11,8 @@ from PIL import Image
 from ddpm.files import write_file
 
 GAP = 2  # pixels of white between images
-TILE = 64  # pixels that a shown image has at least
-FILM_VALUES = 12_288  # in one moment of a film, which is about what its file grows by: 4 colour images of 32x32 ...
+TILE = 64  # pixels: least size of a shown image
+FILM_VALUES = 12_288  # in one moment of a film, about the bytes it adds to the file: 4 colour images of 32x32 ...
 FILM_IMAGES, FILM_COLUMNS = 48, 12  # ... and at most this many images
 FILM_PACE, FILM_START, FILM_END = 80, 600, 2500  # milliseconds that a moment, the first and the last are seen
 
@@ -64,10 +64,10 @@ def film_images(values: int) -> int:
 
 
 def save_film(moments: Sequence[np.ndarray], path: str | Path) -> None:
-    """Write an animated PNG, the same bytes for the same moments; the folder is made.
+    """Write an animated PNG, the same bytes for the same moments; a missing folder is created.
 
     Args:
-        moments: at least two, uint8 (N, H, W, C) each. Whatever shows only one picture of the file shows the last.
+        moments: at least two, uint8 (N, H, W, C) each. A viewer that shows only one picture of the file shows the last.
     """
     frames = [tile(images, min(FILM_COLUMNS, len(images))) for images in moments]
     buffer = BytesIO()
@@ -85,7 +85,7 @@ def save_film(moments: Sequence[np.ndarray], path: str | Path) -> None:
 
 
 def save(picture: Image.Image, path: str | Path) -> None:
-    """Write a PNG, the same bytes for the same picture; the folder is made."""
+    """Write a PNG, the same bytes for the same picture; a missing folder is created."""
     buffer = BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     write_file(path, buffer.getbuffer())

@@ -38,7 +38,7 @@ class Classes(NamedTuple):
 
 UNKNOWN = Classes()
 OnStep = Callable[[int, int, Tensor], None]  # see `draw`
-Draw = Callable[[int, OnStep], object]  # draws that many samples, and passes on each state
+Draw = Callable[[int, OnStep], object]  # draws so many samples, and reports each state to the callback
 
 
 def chosen_classes(params: Sample, config: UNetConfig, names: Sequence[str]) -> list[int]:
@@ -95,7 +95,7 @@ def class_sequence(params: Sample, config: UNetConfig, classes: Classes, count: 
 
 
 def check_variance(params: Sample, diffusion: GaussianDiffusion) -> None:
-    """Compare `sample.variance` with what the network has learned, and print a note where that is not used.
+    """Check `sample.variance` against the network, and print a note where a learned variance is not used.
 
     Raises:
         UserError: the network has learned no variance.
@@ -126,8 +126,8 @@ def sampling_path(params: Sample, diffusion: GaussianDiffusion) -> list[int]:
 
 
 def place(model: TrainedModel, runtime: Runtime, device: torch.device, *variants: TrainedModel) -> GaussianDiffusion:
-    """Move the network to the device, in the memory format that suits it there, and those of its variants; return the
-    model's diffusion there."""
+    """Move the networks of the model and its variants to the device, in the memory format that is fastest there; return
+    the model's diffusion on that device."""
     for each in (model, *variants):
         each.unet.to(device).to(memory_format=memory_format(runtime, device))
     return GaussianDiffusion(model.diffusion, device)
@@ -194,7 +194,7 @@ def draw(
             bar.update(len(x))
         return to_pixels(x)
 
-    title = f"{params.sampler}, {len(path)} evaluations an image"
+    title = f"{params.sampler}, {len(path)} evaluations per image"
     with Progress(params.count * len(path), title, "eval") as bar:
         name = f"{settings_name(params)}-seed-{params.seed}-images"
         for rows, batch in store.batches(name, params.count, params.batch_size, one_batch, bar):
@@ -206,9 +206,9 @@ class Moments:
     """The states of the first samples, for a strip and a film of the denoising. Kept in the store.
 
     Args:
-        steps: network evaluations of a sample.
-        count: samples that are drawn. batch_size: of them at a time.
-        values: numbers in an image.
+        steps: network evaluations per sample.
+        count: samples that are drawn. batch_size: samples per batch.
+        values: numbers per image.
     """
 
     def __init__(self, steps: int, count: int, batch_size: int, values: int, store: Store) -> None:

@@ -18,7 +18,7 @@ OUT = Path("data/prepared")
 
 
 def main(params: "Params") -> None:
-    # after the parameters are checked, since they load numpy, Pillow and torch
+    # imported after the parameters are checked, since these modules import NumPy, Pillow and torch
     from ddpm.config.checks import check_data
     from ddpm.config.load import load_all
     from ddpm.data.prepare import prepare

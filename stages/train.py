@@ -24,7 +24,7 @@ def main(params: "Params") -> None:
     fit.check_settings(data.info)
     data.verify()
     inputs = {"data": data.info, "init_from": p.init_from and model_folder.weights_sha256(p.init_from)}
-    with open_run("train", params, inputs, memory_advice=loop.MEMORY_ADVICE, curves=RESULTS) as run:
+    with open_run("train", params, inputs, memory_advice=loop.memory_advice(p), curves=RESULTS) as run:
         design = setup.design(params, data.info)
         ready = setup.set_up(params, design, run.device, len(data.train.images))
         averages = (training := loop.Training(ready, p, data.train, data.test, run.tracker, run.state)).run()

@@ -1,4 +1,4 @@
-"""What all tests share: a quiet environment, small networks, the composed default parameters."""
+"""What all tests share: an environment without network or tracking, small networks, the composed default parameters."""
 
 import copy
 import functools
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch or NumPy is imported anywhere: the kernels that every x86-64 machine has
+# Before torch or NumPy is imported anywhere: use the kernels that every x86-64 machine has
 from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
 
 os.environ.update(REPRODUCIBLE_ENVIRONMENT)
@@ -48,7 +48,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What drives dvc in a clone is marked by its folder."""
+    """Mark the tests that drive dvc in a clone, by their folder."""
     for item in items:
         if item.path.is_relative_to(ROOT / "tests/pipeline"):
             item.add_marker("pipeline")

@@ -1,4 +1,4 @@
-"""What the documents point at exists: pages, headings, files, tests, knobs and numbers. Their commands are run by
+"""The documents point at things that exist: pages, headings, files, tests, knobs and numbers. Their commands are run by
 tests/pipeline/test_readme.py."""
 
 import ast
@@ -23,7 +23,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The addresses of a page's headings, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 

@@ -10,7 +10,7 @@ from ddpm.files import load_array, save_array, write_file
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path, link):
+def test_a_link_is_replaced_and_its_target_stays(tmp_path, link):
     cached, output = tmp_path / "cache", tmp_path / "out/file"
     cached.write_bytes(b"old")
     output.parent.mkdir()
@@ -21,7 +21,7 @@ def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path, link):
     assert stat.S_IMODE(output.stat().st_mode) & stat.S_IWUSR
 
 
-def test_a_failed_write_keeps_the_file_of_before_and_names_it(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_names_it(tmp_path, monkeypatch):
     path = tmp_path / "made" / "file"
     write_file(path, b"old")
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -50,7 +50,7 @@ def test_an_array_that_fills_the_disk_is_reported_with_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "dimensions"), [("int64", 4), ("uint8", 3)])
-def test_another_array_than_the_stage_writes_names_the_stage_to_run(tmp_path, dtype, dimensions):
+def test_a_wrong_array_is_reported_with_the_stage_to_run(tmp_path, dtype, dimensions):
     path = tmp_path / "array.npy"
     save_array(path, np.zeros((2, 3, 2, 2), np.uint8))
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""dvc.yaml says what the code does: each stage's deps and params are what it imports and uses."""
+"""dvc.yaml agrees with the code: each stage's deps and params are those that it imports and uses."""
 
 import ast
 import importlib
@@ -77,12 +77,12 @@ def test_the_committed_lock_agrees_with_the_tree():
         files = [entry for entry in stage["deps"] + stage["outs"] if Path(ROOT / entry["path"]).is_file()]
         for entry in files:
             if entry["path"].startswith(("samples/", "results/evaluate/card.md")):
-                continue  # not in git: whatever was made here last
+                continue  # not in git: the file of the last run here
             assert hashlib.md5((ROOT / entry["path"]).read_bytes()).hexdigest() == entry["md5"], entry["path"]
 
 
 def test_no_parameter_reaches_a_command_or_names_an_output():
-    """dvc.yaml puts parameters in by templating: in a command that would be the shell's to run."""
+    """dvc.yaml inserts parameters by templating: in a command, the shell would run them."""
     for name, stage in GRAPH.items():
         assert stage["cmd"] == f"exec python -m stages.{name}"
         assert "${" not in yaml.safe_dump({key: value for key, value in stage.items() if key != "deps"})
@@ -101,7 +101,7 @@ def test_every_knob_has_a_comment_beside_it(section):
 
 
 @pytest.mark.process
-def test_stages_load_without_torch_until_their_parameters_are_checked():
+def test_stages_check_their_parameters_before_loading_torch():
     for stage in STAGES:
         code = f"import sys, stages.{stage}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0, stage

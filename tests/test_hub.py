@@ -1,4 +1,4 @@
-"""What the documents show for the Hugging Face Hub: diffusers uploads a folder that loads, with the same weights."""
+"""The documents' commands for the Hugging Face Hub: diffusers uploads a folder that loads, with the same weights."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from tests.conftest import ROOT, small_unet
 
 
 def test_push_to_hub_uploads_a_model_that_loads(tmp_path, monkeypatch):
-    """Up to the network, which is cut off where diffusers hands the folder over."""
+    """Everything but the network, which is replaced where diffusers hands the folder over."""
     from diffusers.utils import hub_utils
 
     uploaded = {}

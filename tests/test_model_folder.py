@@ -34,10 +34,10 @@ def folder(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # what is renamed at the end
+    (tmp_path / "unet/.diffusion_pytorch_model.safetensors.tmp").symlink_to("/dev/full")  # it is renamed at the end
     with pytest.raises(OSError, match="No space left") as fault:
         save_model(tmp_path, small_unet(), CONFIG, {})
-    assert fault.value.errno == errno.ENOSPC  # which run_stage reports in one line
+    assert fault.value.errno == errno.ENOSPC  # run_stage reports it in one line
 
 
 def test_a_model_comes_back_as_it_was_saved(folder):
@@ -119,7 +119,7 @@ def predictions(ours, theirs):
     [
         CIFAR10,
         CIFAR10 | {"sample_size": (16, 16), "num_class_embeds": 2},
-        {"sample_size": 8, "block_out_channels": (32, 32, 64, 32)},  # all else is a default
+        {"sample_size": 8, "block_out_channels": (32, 32, 64, 32)},  # all other values are defaults
         {
             "sample_size": 8,
             "in_channels": 1,
@@ -148,7 +148,7 @@ def test_a_network_made_by_diffusers_loads_here_and_goes_back(tmp_path, values, 
 
 
 def test_an_old_folder_with_old_names_of_attention_loads(tmp_path):
-    """As the first models of diffusers lie on the Hub."""
+    """A folder like those of the first models of diffusers on the Hub."""
     theirs = save_of_diffusers(tmp_path / "new", **CIFAR10)
     weights = {}
     for name, value in theirs.state_dict().items():
@@ -267,7 +267,7 @@ def test_a_damaged_model_folder_is_one_line_that_names_the_file(folder, kind):
         ({"norm_eps": float("nan")}, "norm_eps = nan: must be above 0"),
     ],
 )
-def test_an_unsupported_key_is_refused_with_file_value_and_choices(folder, changes, fault):
+def test_an_unsupported_key_is_refused_with_its_choices(folder, changes, fault):
     config = folder / "unet/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(UserError) as refused:
@@ -286,7 +286,7 @@ def test_pickled_weights_are_never_read(folder):
             read(folder)
 
 
-def test_the_model_folder_says_what_the_model_was_made_from(folder):
+def test_the_model_folder_records_its_data_and_parameters(folder):
     assert json.loads((folder / "training.json").read_text())["data"]["name"] == "digits"
     card = (folder / "README.md").read_text()
     assert "library_name: diffusers" in card
@@ -313,7 +313,7 @@ def trained(tmp_path):
 
 
 def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
-    # steps that are too small to change a float: what comes back is what it started from, live and averaged
+    # steps that are too small to change a float: the weights stay those at the start, live and averaged
     still = ("train.steps=2", "train.warmup_steps=0", "train.log_every_steps=1", "optimizer.lr=1e-30")
     model, _ = train(tmp_path, f"train.init_from={trained}", *still)
     assert same(model, small_unet())
@@ -336,12 +336,12 @@ def test_a_resumed_training_continues_from_its_own_state(tmp_path, trained):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"block_out_channels": (16, 16)}, r"block_out_channels = \(16, 16\), and the one .* ask for \(16, 32\)"),
-        ({"norm_num_groups": 4}, "norm_num_groups = 4, and the one that `model` and the data ask for 8"),
-        ({"size": 16, "channels": 3}, "sample_size = 16, and .* 8"),
+        ({"block_out_channels": (16, 16)}, r"block_out_channels = \(16, 16\), but .* ask for \(16, 32\)"),
+        ({"norm_num_groups": 4}, "norm_num_groups = 4, but `model` and the data ask for 8"),
+        ({"size": 16, "channels": 3}, "sample_size = 16, but .* 8"),
     ],
 )
-def test_another_network_is_refused_with_the_first_field_that_differs(tmp_path, changes, fault):
+def test_another_network_is_refused_with_the_first_difference(tmp_path, changes, fault):
     save_model(tmp_path / "other", small_unet(**changes), CONFIG, {})
     with pytest.raises(UserError, match=f"^params.yaml: train.init_from = .*other: its network has {fault}$"):
         train(tmp_path, f"train.init_from={tmp_path / 'other'}")
@@ -395,7 +395,7 @@ def test_the_names_of_the_classes_are_kept_with_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", '["cat"]', "3"])
-def test_class_names_that_do_not_fit_are_reported_with_their_file(tmp_path, content):
+def test_misfitting_class_names_are_reported_with_their_file(tmp_path, content):
     save_model(tmp_path, small_unet(num_class_embeds=3, has_no_label=True), CONFIG, {}, ("cat", "dog"))
     (tmp_path / "classes.json").write_text(content)
     with pytest.raises(UserError, match=r"classes\.json|class names"):
@@ -406,7 +406,7 @@ def test_a_model_with_unknown_class_names_can_start_a_training(tmp_path):
     save_model(tmp_path, small_unet(num_class_embeds=2), CONFIG, {})
     ours = small_unet(num_class_embeds=2)
     assert load_weights(tmp_path, ours.config, "v", ("cat", "dog")).keys() == ours.state_dict().keys()
-    with pytest.raises(UserError, match=r"class_names = \('cat', 'dog'\), and the one .* ask for \('dog', 'cat'\)"):
+    with pytest.raises(UserError, match=r"class_names = \('cat', 'dog'\), but .* ask for \('dog', 'cat'\)"):
         save_model(tmp_path, ours, CONFIG, {}, ("cat", "dog"))
         load_weights(tmp_path, ours.config, "v", ("dog", "cat"))
 
@@ -425,7 +425,7 @@ def test_class_names_that_are_not_one_per_class_are_not_written(tmp_path, networ
     assert not list(tmp_path.iterdir())
 
 
-def test_a_start_from_another_prediction_is_warned_of(tmp_path, capsys):
+def test_a_start_from_another_prediction_gives_a_warning(tmp_path, capsys):
     save_model(tmp_path, small_unet(), CONFIG, {})
     for prediction in ("epsilon", "x0", "v"):
         load_weights(tmp_path, small_unet().config, prediction)
@@ -434,7 +434,7 @@ def test_a_start_from_another_prediction_is_warned_of(tmp_path, capsys):
         assert warning.count("\n") <= 1
 
 
-def test_a_schedule_that_floats_cannot_hold_is_refused_with_its_file(tmp_path):
+def test_an_impossible_schedule_is_refused_with_its_file(tmp_path):
     save_model(tmp_path, small_unet(), DiffusionConfig(50, "linear", "v"), {})
     path = tmp_path / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 100_000, "beta_end": 0.9}))
@@ -476,7 +476,7 @@ def test_diffusers_loads_the_averages_as_variants(averages):
         assert torch.equal(theirs.conv_in.weight, load_model(averages, width).unet.conv_in.weight)
 
 
-def test_an_average_that_a_folder_lacks_is_reported_with_those_it_holds(averages):
+def test_a_missing_average_is_reported_with_the_existing_ones(averages):
     with pytest.raises(UserError, match=r"sample\.ema_width = 0\.2: .* holds the averages \[0\.1, 0\.05, 0\.0\]"):
         load_model(averages, 0.2)
     (averages / "unet/diffusion_pytorch_model.live.safetensors").unlink()
@@ -485,7 +485,7 @@ def test_an_average_that_a_folder_lacks_is_reported_with_those_it_holds(averages
 
 
 @pytest.mark.parametrize("params", [None, 3, {}, {"train": 1}, {"train": {"ema_widths": "x"}}])
-def test_a_folder_that_names_no_averages_has_its_first_alone(tmp_path, params):
+def test_a_folder_without_a_list_of_averages_has_only_its_first(tmp_path, params):
     save_model(tmp_path, small_unet(), CONFIG, {"params": params})
     load_model(tmp_path)
     with pytest.raises(UserError, match=r"names no averages in training\.json; set it to null for the first"):

@@ -1,4 +1,4 @@
-"""The notebook of the documents opens a model folder, draws and plots, with the core alone."""
+"""The notebook of the documents opens a model folder, draws samples and plots them, with the core alone."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_the_notebook_is_committed_without_outputs():
 
 @pytest.mark.process
 @pytest.mark.parametrize("classes", [(), ("cat", "dog")])
-def test_the_notebook_draws_what_the_stage_draws_with_the_core_alone(tmp_path: Path, classes: tuple[str, ...]):
+def test_the_notebook_draws_the_stages_samples_by_the_core_alone(tmp_path: Path, classes: tuple[str, ...]):
     diffusion = DiffusionConfig(timesteps=20, schedule="cosine", prediction="v")
     unet = small_unet(num_class_embeds=3, has_no_label=True) if classes else small_unet()
     save_model(tmp_path / "models/ddpm", unet, diffusion, {}, classes)

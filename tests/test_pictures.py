@@ -34,7 +34,7 @@ def test_a_grid_of_no_images_is_refused():
         pictures.tile(np.empty((0, 8, 8, 1), dtype=np.uint8), columns=1)
 
 
-def test_pairs_stand_closer_together_than_what_is_beside_them():
+def test_a_pairs_images_stand_closer_than_two_pairs():
     left, right = (np.full((3, 8, 8, 1), value, dtype=np.uint8) for value in (10, 20))
     picture = np.asarray(pictures.pairs(left, right, columns=2))
     assert picture.shape == (2 * 64 + 3 * 16, 2 * 130 + 3 * 16)

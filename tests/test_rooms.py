@@ -1,4 +1,4 @@
-"""The rule of the house: imports go down the floors, the core knows only torch and NumPy, and nothing is long."""
+"""The rules of the code: imports go down the floors, the core knows only torch and NumPy, no function is long."""
 
 import ast
 import re
@@ -35,7 +35,7 @@ def module_of(path: str) -> str:
 
 
 def imports_of(path: str, text: str | None = None) -> Iterator[str]:
-    """Every module that a file imports, at its top, in a function or for its types alone: a room that knows another
+    """Every module that a file imports, at its top, in a function or for types only: a room that knows another
     room's types knows that room."""
     for node in ast.walk(ast.parse((ROOT / path).read_text() if text is None else text)):
         if isinstance(node, ast.Import):
@@ -169,7 +169,7 @@ def test_no_function_is_long_or_takes_many_arguments(path):
 
 
 def test_no_test_module_imports_another():
-    """What several of them share is in tests/support/, or in a conftest.py."""
+    """Code that several test modules share is in tests/support/, or in a conftest.py."""
     shared = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+", re.MULTILINE)
     tests = sorted((ROOT / "tests").rglob("*.py"))
     assert [str(path) for path in tests if shared.search(path.read_text(encoding="utf-8"))] == []

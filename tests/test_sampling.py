@@ -92,7 +92,7 @@ def test_frequencies_that_are_not_known_are_refused(network, changes, counts, fa
         class_sequence(p, small_unet(**network).config, Classes(LETTERS if network else (), counts), 10)
 
 
-def test_samples_have_the_classes_of_the_sequence_whatever_the_batch():
+def test_samples_have_the_classes_of_the_sequence_in_any_batch():
     d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(**PETS)
     classes = Classes(NAMES.names, (1, 3))
     whole = sampling.draw(unet, d, settings(count=8, class_frequencies="data", batch_size=8), classes)
@@ -105,7 +105,7 @@ def test_samples_have_the_classes_of_the_sequence_whatever_the_batch():
     assert apart.sum() == 2
 
 
-def test_settings_that_change_an_image_change_the_name_of_its_part():
+def test_settings_that_change_an_image_change_its_stored_name():
     names = []
 
     class Names(Store):
@@ -141,14 +141,14 @@ def test_a_variance_that_was_not_learned_is_refused():
         check_variance(settings(variance="learned"), d)
 
 
-def test_what_is_drawn_is_the_last_state_in_rounded_pixels():
+def test_samples_are_the_last_state_in_rounded_pixels():
     d, states = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), []
     images = sampling.draw(small_unet(), d, settings(count=3), on_step=lambda start, i, x: states.append(x))
     np.testing.assert_array_equal(images, to_pixels(states[-1]))
     assert images.dtype == np.uint8
 
 
-def test_a_conditional_network_of_unknown_names_is_drawn_by_number():
+def test_classes_without_names_are_drawn_by_number():
     d, unet = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(num_class_embeds=3)
     assert chosen_classes(settings(), unet.config, ()) == [0, 1, 2]
     assert sampling.draw(unet, d, settings(count=2, classes=[2])).shape == (2, 8, 8, 1)
@@ -196,7 +196,7 @@ def test_strip_and_film_show_the_same_images_whatever_the_batch(tmp_path, whole_
 
 
 @pytest.mark.parametrize("count", [2, 5, 6, 7])
-def test_of_few_samples_all_are_shown(tmp_path, count):
+def test_all_of_few_samples_are_shown(tmp_path, count):
     strip, film, _ = filmed(tmp_path, count, 2)
     assert len(strip) == min(count, 6)
     assert len(film[0]) == count
@@ -209,7 +209,7 @@ def test_many_steps_are_shown_at_moments_from_noise_to_image(tmp_path):
     np.testing.assert_array_equal(strip[:, -1], images)
 
 
-def test_moments_of_an_interrupted_run_are_shown_whole_by_the_next(tmp_path):
+def test_moments_of_an_interrupted_run_are_shown_by_the_next(tmp_path):
     expected = filmed(tmp_path / "whole", 10, 3)
     with pytest.raises(KeyboardInterrupt):
         filmed(tmp_path / "state", 10, 3, stop_at=(6, 2))  # two batches are kept, and not drawn again
@@ -241,7 +241,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(changes, fault):
     sampling.check_settings(settings(), small_unet(), d, UNKNOWN)
 
 
-def test_samples_that_are_filmed_are_those_that_are_drawn(tmp_path):
+def test_filmed_samples_are_the_drawn_samples(tmp_path):
     d, unet, p = GaussianDiffusion(DiffusionConfig(1000, "cosine", "v")), small_unet(), settings(count=5)
     with ResumeState(tmp_path) as state:
         images, strip, film = sampling.draw_filmed(unet, d, p, UNKNOWN, state)
@@ -249,4 +249,4 @@ def test_samples_that_are_filmed_are_those_that_are_drawn(tmp_path):
     np.testing.assert_array_equal(strip[:, -1], images)
     np.testing.assert_array_equal(film[-1], images)
     for one, other in zip(sampling.draw_filmed(unet, d, p, UNKNOWN, Store()), (images, strip, film), strict=True):
-        np.testing.assert_array_equal(one, other)  # with nothing kept, the first ones are drawn again
+        np.testing.assert_array_equal(one, other)  # with nothing kept, the first samples are drawn again

@@ -1,4 +1,4 @@
-"""What `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
+"""The tools that `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_a_closure_follows_imports_in_functions_and_circles(project):
     assert stage_files("one", project) == files
 
 
-def test_stale_deps_are_refused_by_check_and_mended_without(project, monkeypatch):
+def test_stale_deps_are_refused_by_check_and_rewritten_without(project, monkeypatch):
     monkeypatch.chdir(project)
     before = Path("dvc.yaml").read_text()
     monkeypatch.setattr(sys, "argv", ["deps", "--check"])
@@ -80,7 +80,7 @@ def test_stale_deps_are_refused_by_check_and_mended_without(project, monkeypatch
     deps.main()
 
 
-def test_a_stage_without_deps_is_refused_and_takes_no_other_list(project):
+def test_a_stage_without_deps_is_refused(project):
     with pytest.raises(SystemExit, match=r"stages\.prepare has no list `deps:`"):
         deps.refreshed(GRAPH, project)
 
@@ -90,7 +90,7 @@ def test_deps_of_the_committed_graph_are_fresh_byte_for_byte():
     assert deps.refreshed(text, ROOT) == text
 
 
-def test_stale_params_are_refused_by_check_and_mended_without(tmp_path, monkeypatch):
+def test_stale_params_are_refused_by_check_else_rewritten(tmp_path, monkeypatch):
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     (tmp_path / "params.yaml").write_text("stale")
     monkeypatch.chdir(tmp_path)
@@ -134,7 +134,7 @@ def test_no_committed_file_is_above_one_megabyte():
 
 
 @pytest.mark.process
-def test_curves_of_an_unknown_revision_end_with_the_words_of_dvc(tmp_path):
+def test_curves_of_an_unknown_revision_end_with_dvcs_error(tmp_path):
     command = [sys.executable, "-m", "tools.curves", str(tmp_path / "x.png"), "no-such-revision"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode and "no-such-revision" in done.stderr and "Traceback" not in done.stderr

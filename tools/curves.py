@@ -18,7 +18,7 @@ def specification(revisions: list[str]) -> dict[str, Any]:
     command = ["dvc", "plots", "diff", *revisions, "--targets", LOSS, "--template", "curve_log", *titles, "--show-vega"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:
-        raise SystemExit(done.returncode)  # dvc has said why
+        raise SystemExit(done.returncode)  # dvc has printed the reason
     return json.loads(done.stdout) | {"width": 560, "height": 300, "config": LOOK}
 
 

@@ -12,9 +12,9 @@ GRAPH = Path("dvc.yaml")
 
 
 def refreshed(text: str, root: Path) -> str:
-    """The text of dvc.yaml with the modules of each stage's deps as they are imported; all else byte for byte.
+    """The text of dvc.yaml with each stage's deps set to the modules that it imports; all else byte for byte.
 
-    A line whose module stays keeps its comment. Modules come sorted, at the place of the first one that was listed,
+    A line whose module stays keeps its comment. The modules are sorted, at the place of the first one that was listed,
     or else at the end of the list.
     """
     for stage in yaml.safe_load(text)["stages"]:

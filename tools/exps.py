@@ -1,9 +1,8 @@
 """The experiments of the commit you are on, best first: where their parameters differ, and how good their samples are.
 
-Runs that differ in their seeds alone are one row: mean ± standard error over the runs, and n. Of a single run, ± is the
-error that its evaluation gives. `--by PARAMETER` sorts by a parameter
-and draws the metric against it, `--metric` takes another one than the Fréchet distance, `--p` adds the p-values,
-`--runs` gives each run a row.
+Runs that differ in their seeds alone are one row: mean ± standard error over the runs, and n. For a single run, ± is
+the error from its evaluation. `--by PARAMETER` sorts by a parameter and draws the metric against it, `--metric` names
+another metric than the Fréchet distance, `--p` adds the p-values, `--runs` gives each run a row.
 """
 
 import argparse
@@ -25,13 +24,13 @@ from tools.common.tables import print_whole
 
 
 def draws(group: Group, metric: str) -> str:
-    """n of a group: its trainings; or the draws of samples, where it is one training."""
+    """n of a group: its number of trainings, or, for a single training, of draws of samples."""
     n = len(group.values(metric))
     return f"{n} draws" if group.trainings == 1 and n > 1 else str(n)
 
 
 def title(group: Group) -> str:
-    """The first of the names, and how many more."""
+    """The first of the group's names, and the number of the others."""
     more = len(group.runs) - 1
     return group.runs[0].name + (f" +{more}" if more else "")
 
@@ -85,7 +84,7 @@ def table(
 
 
 def intervals(groups: Sequence[Group], metric: str) -> list[str]:
-    """What the ± of the table are, as far as it has any."""
+    """The line that explains the ± of the table; none where the table has no ±."""
     several = any(len(group.values(metric)) > 1 for group in groups)
     one = any(len(group.values(metric)) == 1 and group.error(metric) is not None for group in groups)
     meanings = ["of several runs, the standard error of their mean"] * several
@@ -94,7 +93,7 @@ def intervals(groups: Sequence[Group], metric: str) -> list[str]:
 
 
 def notes(base: Run, groups: Sequence[Group], others: Sequence[Run], varied: Sequence[str]) -> list[str]:
-    """What all experiments share, what may not be concluded, and where to read why one failed."""
+    """Lines below the table: what all experiments share, what cannot be concluded, where to read why one failed."""
     lines, trials = [], [run for group in groups for run in group.runs if run is not base] + list(others)
     first = trials[0].params if trials else {}
     shared = [name for name in differing([base.params, first]) if name not in (*varied, *SEEDS)] if trials else []
@@ -102,16 +101,16 @@ def notes(base: Run, groups: Sequence[Group], others: Sequence[Run], varied: Seq
         changes = (f"{name}={shown(name, first.get(name))} ({shown(name, base.params.get(name))})" for name in shared)
         lines.append(f"In all of them, and not in {base.name}: {', '.join(changes)}")
     if len(groups) > 1 and all(len(group.runs) == 1 for group in groups):
-        lines.append("One run each: which is better is not known; run further seeds of each (-S train.seed=1)")
+        lines.append("One run each does not show which is better: run further seeds of each (-S train.seed=1)")
     failed = (run.name for run in others if run.state == "failed")
     return lines + [f"Why {name} failed: dvc queue logs {name}" for name in failed]
 
 
 def options() -> argparse.Namespace:
-    """What was asked for.
+    """The arguments of the command line.
 
     Raises:
-        SystemExit: a metric that has no better and worse, or is none.
+        SystemExit: the metric is unknown, or has no better and worse.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--by", metavar="PARAMETER")
@@ -125,21 +124,21 @@ def options() -> argparse.Namespace:
 
 
 def check_by(name: str, groups: Sequence[Group]) -> None:
-    """Refuse a parameter that there is not, or that all groups have alike.
+    """Refuse a parameter that is unknown, or equal in all groups.
 
     Raises:
-        SystemExit: with a line that says so.
+        SystemExit: with a line that names the parameter.
     """
     known = [*dict.fromkeys(key for group in groups for key in group.params)]
     if name not in known:
-        sys.exit(f"error: BY = {name}: no parameter{near(name, known)}; params.yaml has them all, as optimizer.lr")
+        sys.exit(f"error: BY = {name}: no parameter{near(name, known)}; params.yaml has them all, such as optimizer.lr")
     values = {repr(group.params.get(name)) for group in groups}
     if len(values) < 2:
         sys.exit(f"error: BY = {name}: is {next(iter(values))} in all finished experiments; nothing to compare")
 
 
 def main() -> None:
-    """Print the table, what all trials share, and where to read why one failed; draw it where asked to."""
+    """Print the table and its notes; draw the metric against a parameter if asked to."""
     asked = options()
     try:
         runs = read()
@@ -163,9 +162,9 @@ def main() -> None:
 
 
 def varied_in(rows: Sequence[Group | Run], base: Run, asked: argparse.Namespace) -> list[str]:
-    """The parameters with a column: those in which the rows differ, apart from the base where it is a row of its own.
+    """The parameters with a column: those in which the rows differ, not counting the base where it is its own row.
 
-    What only the base has otherwise is in a note. With one row besides, that row is compared with the base.
+    A note names the parameters in which only the base differs. With one other row, that row is compared with the base.
     """
     trials = [row for row in rows if not isinstance(row, Group) or row.runs != (base,)]
     trees = [
@@ -176,7 +175,7 @@ def varied_in(rows: Sequence[Group | Run], base: Run, asked: argparse.Namespace)
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
-    """Numbers by size, then all else by name."""
+    """The sort key of a value: numbers by size, then all else by name."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return (0, float(value), "") if is_number else (1, 0.0, str(value))
 

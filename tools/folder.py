@@ -1,4 +1,4 @@
-"""Look into a folder of images: what prepare_data would make of it, and what to type for it.
+"""Look into a folder of images: report how prepare_data would read it, and print the command for it.
 
 python -m tools.folder <folder>
 """
@@ -15,7 +15,7 @@ TEST_FRACTION = 0.1  # as in conf/dataset/folder.yaml
 
 
 def override(path: str) -> str:
-    """What to type after `-S` for a path with any characters: quoted for Hydra, and the result quoted for the shell."""
+    """The text after `-S` for a path with any characters: quoted for Hydra, and the result quoted for the shell."""
     if re.fullmatch(r"[A-Za-z0-9/_.-]+", path):
         return f"dataset.path={path}"
     escaped = re.sub(r"\$\{", r"\\${", re.sub(r'(\\*)"', r'\1\1\\"', path))
@@ -24,7 +24,7 @@ def override(path: str) -> str:
 
 
 def main() -> None:
-    """Print the layout of the folder and the command that trains on it, or what has to be mended first."""
+    """Print the layout of the folder and the command that trains on it, or what has to be fixed first."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m tools.folder <folder>")
     folder = Path(sys.argv[1])

@@ -1,7 +1,7 @@
-"""Write samples as PNG files, of their own size: python -m tools.images [REV] [--only "0 10-19"] [--classes "cat dog"]
+"""Write samples as PNG files in their own size: python -m tools.images [REV] [--only "0 10-19"] [--classes "cat dog"]
 
-REV is a commit or an experiment, and without it the working tree. A file is named after the number of its sample, and
-after its class where there are classes.
+REV is a commit or an experiment; without REV, the samples are those of the working tree. A file is named after the
+number of its sample, and after its class where there are classes.
 """
 
 import argparse
@@ -32,10 +32,10 @@ NEEDED, OPTIONAL = (SAMPLES, f"{MODEL}/{TRAINING}", PARAMS), (f"{MODEL}/{CLASSES
 
 
 def fetch(rev: str, folder: Path) -> None:
-    """Copy the samples of a revision, and what says which class each has, from the cache or the remote.
+    """Copy the samples of a revision, and the files that determine their classes, from the cache or the remote.
 
     Raises:
-        UserError: there is no such revision, or its samples are neither here nor in the remote.
+        UserError: there is no such revision, or its samples are neither in the cache nor in the remote.
     """
     try:
         with Repo() as repo:
@@ -57,7 +57,7 @@ def class_names(root: Path, count: int) -> list[str]:
     if not (root / MODEL / CLASSES).exists():
         return []
     names = tuple(map(str, json.loads((root / MODEL / CLASSES).read_text(encoding="utf-8"))))
-    # of the network only the number of its classes matters here
+    # only the number of classes of the network matters here
     network = UNetConfig(2, 1, 1, (64,), 1, (False,), num_class_embeds=len(names) + 1, has_no_label=True)
     classes = Classes(names, class_counts(root / MODEL))
     return [names[i] for i in class_sequence(load_all(root / PARAMS).sample, network, classes, count)]
@@ -67,12 +67,12 @@ def numbers(text: str, count: int) -> list[int]:
     """The numbers that a text names, as in "0 5 10-19".
 
     Raises:
-        UserError: a word is no number or range, or beyond the samples.
+        UserError: a word is not a number or a range, or is beyond the samples.
     """
     found: dict[int, None] = {}
     for word in text.replace(",", " ").split():
         if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", word)) or int(match[1]) > int(match[2] or match[1]):
-            raise UserError(f"ONLY = {legible(text)}: {legible(word)} is no number and no range such as 10-19")
+            raise UserError(f"ONLY = {legible(text)}: {legible(word)} is neither a number nor a range such as 10-19")
         if int(match[2] or match[1]) >= count:
             raise UserError(f"ONLY = {legible(text)}: {word} is beyond the {count} samples, 0 to {count - 1}")
         found |= dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1))
@@ -80,25 +80,25 @@ def numbers(text: str, count: int) -> list[int]:
 
 
 def chosen(asked: argparse.Namespace, labels: list[str], count: int) -> list[int]:
-    """The numbers of the samples to write: all, or those that were asked for.
+    """The numbers of the samples to write: all, or those of `--only` and `--classes`.
 
     Raises:
-        UserError: what was asked for is not there.
+        UserError: a number or a class does not exist.
     """
     places = numbers(asked.only, count) if asked.only else list(range(count))
     wanted = asked.classes.split()
     for name in wanted:
         if name not in labels:
             known = f"there are {listed(dict.fromkeys(labels))}" if labels else "the model is unconditional"
-            raise UserError(f"CLASS = {legible(name)}: no sample is of it; {known}")
+            raise UserError(f"CLASS = {legible(name)}: no sample has this class; {known}")
     return [i for i in places if not wanted or labels[i] in wanted]
 
 
 def write(root: Path, out: Path, asked: argparse.Namespace) -> int:
-    """Write the files, and give their number.
+    """Write the files, and return how many.
 
     Raises:
-        UserError: the folder is there already, so that it would hold files of two runs; or what was asked for is not.
+        UserError: the folder exists, so that it would hold files of two runs; or a number or a class does not exist.
     """
     if out.exists():
         raise UserError(f"OUT = {out}: exists already; remove it, or name another folder")

@@ -1,4 +1,4 @@
-"""Compose params.yaml from conf/, as `dvc exp run` does: python -m tools.params. `--check` only reports a stale one."""
+"""Compose params.yaml from conf/, as `dvc exp run` does: python -m tools.params. `--check` only reports staleness."""
 
 import sys
 import tempfile

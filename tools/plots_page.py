@@ -1,6 +1,6 @@
 """Write the page of numbers, curves and pictures, which needs no network: python -m tools.plots_page OUT [REV ...]
 
-Without a revision it is of the working tree; one revision stands beside the working tree.
+Without a revision the page shows the working tree; one revision is shown beside the working tree.
 """
 
 import json
@@ -22,11 +22,11 @@ from ddpm.evaluation.card import measured
 from tools.common.experiments import METRICS, differing, shown
 
 PAGE = Path(".dvc/plots/page.html")
-MOST_POINTS = 500  # of a curve: more than its chart has pixels
+MOST_POINTS = 500  # of a curve: more than its chart has columns of pixels
 
 
 def page(template: str, facts: dict[str, Any]) -> str:
-    """The page with the charts' JavaScript in it, where DVC would put three addresses to load from, and the facts."""
+    """The page with the facts, and with the charts' JavaScript itself where DVC would put three addresses of it."""
     script = f"<script>{vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed')}</script>"
     return template.replace("{scripts}", script).replace("{facts}", json.dumps(facts).replace("<", "\\u003c"))
 
@@ -47,7 +47,7 @@ def thinned(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 
 def thin(plots: dict[str, Any]) -> dict[str, int]:
-    """Thin the curves of DVCLive in what DVC has collected; the points that each had, where it had more."""
+    """Thin the curves of DVCLive in the plots that DVC has collected; return how many points the thinned ones had."""
     longest: dict[str, int] = {}
     for of_revision in plots.values():
         for name, file in of_revision.get("sources", {}).get("data", {}).items():
@@ -59,7 +59,7 @@ def thin(plots: dict[str, Any]) -> dict[str, int]:
 
 
 def table(trees: dict[str, dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row per name: its heading, and what each revision has; a number with its standard error."""
+    """A row per name: its heading, and the value in each revision; a number with its standard error."""
     rows = []
     for name in names:
         values = {
@@ -72,7 +72,7 @@ def table(trees: dict[str, dict[str, Any]], names: Sequence[str]) -> list[dict[s
 
 
 def facts(repo: Repo, revisions: Sequence[str]) -> dict[str, Any]:
-    """What the page opens with: the numbers, and the parameters that differ between the revisions."""
+    """The facts at the top of the page: the numbers, and the parameters that differ between the revisions."""
     metrics, params = (
         {rev: _values(found.get(rev, {}).get("data", {})) for rev in revisions}
         for found in (
@@ -91,7 +91,7 @@ def facts(repo: Repo, revisions: Sequence[str]) -> dict[str, Any]:
 
 
 def _values(files: dict[str, Any]) -> dict[str, Any]:
-    """All files of one revision as one flat mapping; of the metrics, those of the training are named so."""
+    """All files of one revision as one flat mapping; the names of the training's metrics end in "(training)"."""
     return {
         f"{key} (training)" if path.startswith("results/train/") else key: value
         for path, file in files.items()

@@ -1,7 +1,8 @@
-"""Search the space of conf/search/<name>.yaml by Optuna, whose trials are experiments: python -m tools.search [name]
+"""Search the space of conf/search/<name>.yaml by Optuna; its trials are experiments: python -m tools.search [name]
 
-Each trial runs with every seed of the search. Stopped, it resumes by the same command. Several workers, each in a clone
-of its own, share a search through its storage. `--adopt <worker>` takes over the trials of one that will not come back.
+Each trial runs with every seed of the search. The same command resumes a stopped search. Several workers, each in its
+own clone, share a search through its storage. `--adopt <worker>` takes over the trials of a worker that will not come
+back.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tools.common.study import REASON, VALUES, WORKER, Study, open_storage
 from tools.common.tables import print_whole
 
 FOLDER = Path(".search")
-MOST_FAILURES = 3  # in a row: then it is not the settings
+MOST_FAILURES = 3  # in a row: then the settings are not the cause
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def this_worker() -> Iterator[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError("a search runs in this clone already; a second worker takes a clone of its own") from None
+            raise UserError("a search runs in this clone already; a second worker needs its own clone") from None
         file.seek(0)
         name = file.read()
         if not name:
@@ -61,14 +62,14 @@ class HopelessError(Exception):
 
 
 class Worker:
-    """One of those who work on a study."""
+    """A worker on a study, in its own clone."""
 
     def __init__(self, search: Search, study: Study, experiments: Experiments) -> None:
         self.search, self.study, self.experiments = search, study, experiments
         self.failures = 0
 
     def work(self) -> None:
-        """Finish what was begun here, then take new trials until the budget is spent.
+        """Finish the trials that were begun here, then take new ones until the budget is spent.
 
         Raises:
             UserError: three trials in a row have failed.
@@ -82,7 +83,7 @@ class Worker:
                 raise UserError(f"{MOST_FAILURES} trials in a row have failed here; this worker stops")
 
     def do(self, trial: Trial, resumed: bool) -> None:
-        """Run a trial with each seed, and record what came of it."""
+        """Run a trial with each seed, and record its outcome."""
         params = self.study.suggest(trial)
         print(
             f"trial {trial.number}: {', '.join(f'{name}={shown(name, v)}' for name, v in params.items())}", flush=True
@@ -105,11 +106,11 @@ class Worker:
             print(f"trial {trial.number}: {self.search.metric} {number(values)}", flush=True)
 
     def value(self, trial: Trial, params: dict[str, Any], seed: int, *, first: bool, resumed: bool) -> float:
-        """The number of one run of a trial, which is run only if its experiment is nowhere yet.
+        """The metric of one run of a trial; the run happens only if its experiment exists nowhere yet.
 
         Raises:
-            RunError: it has failed, or gives no number.
-            HopelessError: it was stopped early; only the first seed's run is compared with those of other trials.
+            RunError: the run has failed, or its metric is not a number.
+            HopelessError: it was stopped early; only the first seed's run is compared with other trials.
         """
         name, overrides = f"{self.search.study}-{trial.number}-s{seed}", self.search.run_overrides(params, seed)
         expected = composed(overrides)
@@ -138,7 +139,7 @@ class Worker:
 
 
 def state_of(trial: FrozenTrial, worker: str) -> str:
-    """What became of a trial, and why."""
+    """The outcome of a trial, and the reason."""
     if trial.state == TrialState.RUNNING:
         where = trial.user_attrs.get(WORKER, "")
         return "unfinished" if where == worker else f"running in {where}"
@@ -169,7 +170,7 @@ def search_with(asked: argparse.Namespace, worker: str) -> None:
     """Search until the budget is spent, then print the trials.
 
     Raises:
-        UserError: what a person can mend.
+        UserError: the storage, the remote or a setting needs a fix by the user.
     """
     search = read_search(asked.search)
     experiments = Experiments(search.remote)
@@ -182,13 +183,13 @@ def search_with(asked: argparse.Namespace, worker: str) -> None:
     Worker(search, study, experiments).work()
     reason = experiments.exchange(search.study)
     print_whole(lambda narrow: table(study, narrow))
-    print("The runs are experiments: make exps. Which settings cannot be distinguished from the best, it says, too.")
+    print("The runs are experiments: make exps lists them, and which settings cannot be distinguished from the best.")
     if reason:
         raise UserError(f"not all experiments are exchanged: {reason}; run the same command again")
 
 
 def main() -> None:
-    """Search, or say in one line why not."""
+    """Search, or print in one line why that is impossible."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("search", nargs="?", default="default")
     parser.add_argument("--adopt", metavar="WORKER", default="")

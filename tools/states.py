@@ -1,6 +1,6 @@
 """The unfinished runs: what each keeps in .state/ to resume from.
 
-`--clean` deletes all that no process is using; `--adopt <name>` gives one to today's code.
+`--clean` deletes all states that no process is using; `--adopt <name>` lets today's code resume one.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from ddpm.runtime.workspace import root
 
 
 def size(folder: Path) -> int:
-    """In bytes."""
+    """The size of a folder in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def main() -> None:
-    """Print a line for each state, the oldest first, and what became of it."""
+    """Print a line for each state, the oldest first: and whether it is in use or was deleted."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clean", action="store_true")
     parser.add_argument("--adopt", metavar="NAME")

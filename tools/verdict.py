@@ -1,7 +1,7 @@
 """Is B better than A? One paragraph: python -m tools.verdict A B [--metric METRIC]
 
-What changed, what is better and worse, what is not known, and how many more seeds would settle it. A and B are commits
-or experiments; each stands for all runs that differ from it in their seeds alone.
+It says what changed, what is better and worse, what is not known, and how many more seeds would settle that. A and B
+are commits or experiments; each stands for all runs that differ from it in their seeds alone.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from tools.common.experiments import (
 )
 from tools.common.statistics import LEVEL, MOST_SEEDS, Difference, holm, mean, number, seeds_needed, welch
 
-FEWEST = 3  # seeds of each side, from which on a spread says something
+FEWEST = 3  # seeds per side from which a spread is informative
 
 
 class Finding(NamedTuple):
-    """What is known of one metric: the values of both sides, the test, and its p-value as it is judged by."""
+    """One metric: the values of both sides, the test, and the p-value that it is judged by."""
 
     metric: str
     a: list[float]
@@ -43,12 +43,12 @@ class Finding(NamedTuple):
 
     @property
     def settled(self) -> bool:
-        """Whether the difference is real, as far as the test can say."""
+        """Whether the test finds a difference."""
         return self.p is not None and self.p < LEVEL
 
     @property
     def better(self) -> bool:
-        """Whether b is better, as far as its mean says."""
+        """Whether the mean of b is the better one."""
         return METRICS[self.metric].sign * (mean(self.b) - mean(self.a)) < 0
 
 
@@ -57,7 +57,7 @@ def groups_of(names: Sequence[str]) -> list[Group]:
 
     Raises:
         DvcException: there is no such revision.
-        SystemExit: a run that is not done.
+        SystemExit: a run is not done.
     """
     with Repo() as repo:
         revs = [resolve_rev(repo.scm, name) for name in names]
@@ -74,9 +74,9 @@ def groups_of(names: Sequence[str]) -> list[Group]:
 
 
 def findings(a: Group, b: Group, main: str) -> tuple[list[Finding], list[str]]:
-    """What is known of each metric that both have, the main one first; and why others may not be compared.
+    """The finding of each metric that both have, the main one first; and why other metrics may not be compared.
 
-    The main metric is judged by its own p-value. The others were not what was asked: Holm corrects for their number.
+    The main metric is judged by its own p-value; the others, which were not the question, by Holm's correction.
     """
     found, refused = [], []
     for metric in (main, *(name for name in METRICS if name != main and METRICS[name].sign)):
@@ -106,7 +106,7 @@ def described(finding: Finding) -> str:
 
 
 def more_seeds(finding: Finding) -> str:
-    """How many more seeds would settle a difference that is not settled, if it is as large as seen."""
+    """How many more seeds would settle an unsettled difference, if the true difference is as large as the one seen."""
     if finding.test is None:
         return "no spread, so nothing to test"
     needed = seeds_needed(finding.a, finding.b)

@@ -1,6 +1,6 @@
 """Faults that need more than a setting's bounds: the length of the training, files, the prepared data.
 
-Every stage checks all of params.yaml, and prepare_data all that the data decides, so that a wrong setting
+Every stage checks all of params.yaml, and prepare_data also checks what depends on the data, so that a wrong setting
 of a later stage stops the first stage, not the run after hours of training. Imports neither torch nor NumPy.
 """
 
@@ -14,14 +14,15 @@ from ddpm.config.schema import Params
 from ddpm.config.targets import near, shown
 from ddpm.errors import UserError, legible
 
-MODEL = Path("models/ddpm")  # which dvc removes before each training
+MODEL = Path("models/ddpm")  # dvc removes it before each training
 Faults = Iterator[tuple[str, str]]  # the path of a setting, and what is wrong with its value
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
     """Optimizer steps per pass over the training images.
 
-    What fills no batch is dropped. Where a batch takes more than all images, it is one step: see `ddpm.data.batches`.
+    The last, incomplete batch is dropped. Where a batch is larger than the data, an epoch is one step: see
+    `ddpm.data.batches`.
     """
     return max(1, images // batch_size)
 
@@ -37,7 +38,7 @@ def fault_lines(faults: Faults, params: Params) -> Iterator[str]:
         yield f"{path} = {shown(value)}: {message}" if given else f"{path}: {message}"
 
 
-# Without data: what each stage checks
+# Checks that need no data: every stage makes them
 
 
 def _length(params: Params) -> Faults:
@@ -77,7 +78,7 @@ def setting_faults(params: Params) -> list[str]:
     return [line for check in (_length, _processes, _features, _files) for line in fault_lines(check(params), params)]
 
 
-# With data: what prepare_data checks before it replaces the old data, and train before it starts
+# Checks that need the data: prepare_data makes them before it replaces the old data, and train before it starts
 
 
 def _warmup(params: Params, info: Mapping[str, Any]) -> Faults:
@@ -119,8 +120,8 @@ CHECKS: list[Callable[[Params, Mapping[str, Any]], Faults]] = [_warmup, _classes
 
 
 def check_data(params: Params, info: Mapping[str, Any]) -> None:
-    """Check the settings of all stages beside the data: `info` is the content of dataset.json. Where all is well,
-    download the weights of the evaluation, without which the training would be for nothing.
+    """Check the settings of all stages against the data: `info` is the content of dataset.json. Then download the
+    weights that the evaluation needs: better to fail now than after the training.
 
     Raises:
         UserError: one line per fault.

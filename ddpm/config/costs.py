@@ -1,4 +1,4 @@
-"""The cost of an evaluation, from counts alone: one that cannot end is refused before the training, not after it.
+"""Estimate the cost of an evaluation, to refuse before the training one that this machine could not finish.
 
 Imports neither torch nor NumPy.
 """
@@ -17,12 +17,12 @@ MOST_HOURS = 12
 NETWORK_FEATURES = 2048  # Inception's; few of timm's models have more
 BASE_MEMORY = 3 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/blocks.py
 FLOOR_DRAWS, SPLITS, IMAGES_PER_FEATURE = 5, 4, 4  # of ddpm/evaluation/distances.py
-PER_PAIR = 200  # operations for each pair of images beyond its inner product: of its distance, its kernel, its rank
+PER_PAIR = 200  # operations per pair of images beyond its inner product: its distance, its kernel, its rank
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate, right to a factor of about two: float64 operations, and bytes of memory at the most."""
+    """An estimate, right to a factor of about two: float64 operations, and the peak of memory in bytes."""
 
     operations: float
     memory: float
@@ -63,10 +63,10 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
 
 
 def _pair(a: int, b: int, width: int, vectors: bool = False) -> Cost:
-    """The cost of the Fréchet distance between sets of these sizes, without that of their statistics.
+    """The cost of the Fréchet distance between sets of these sizes, without the cost of their statistics.
 
     Args:
-        vectors: whether it takes eigenvectors, too, for the error.
+        vectors: whether eigenvectors are computed, too, for the error.
     """
     small, large = sorted((a, b))
     size = min(small, width)
@@ -81,12 +81,12 @@ def _pair(a: int, b: int, width: int, vectors: bool = False) -> Cost:
 def evaluation_faults(
     params: Params, shape: Sequence[int], counts: Mapping[str, int], memory: int | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Why an evaluation would not end on this machine: the path of a setting, and what is wrong with its value.
+    """Why this machine could not finish an evaluation: the path of a setting, and what is wrong with its value.
 
     Args:
         shape: of an image, (H, W, C).
         counts: images in the splits train and test.
-        memory: bytes; None for this machine's.
+        memory: available, in bytes; None for this machine's.
     """
     cost = evaluation_cost(params, shape, counts)
     available = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -95,9 +95,9 @@ def evaluation_faults(
     p = params.evaluate
     reasons = []
     if cost.memory > available:
-        reasons.append(f"about {cost.memory / 2**30:,.0f} GiB of memory, and there are {available / 2**30:,.0f}")
+        reasons.append(f"about {cost.memory / 2**30:,.0f} GiB of memory, and this machine has {available / 2**30:,.0f}")
     if hours > MOST_HOURS:
-        reasons.append(f"about {hours:,.0f} hours, and more than {MOST_HOURS} are too many")
+        reasons.append(f"about {hours:,.0f} hours, and at most {MOST_HOURS} are allowed")
     if reasons:
         smaller = chain(
             ["evaluate=inception", "a smaller dataset.image_size"] if p.features == "pixels" else [],

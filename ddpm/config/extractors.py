@@ -1,7 +1,7 @@
-"""The networks whose features are compared: which there are, and where their weights lie.
+"""The feature extractors of the evaluation: their names, and the files of their weights.
 
-Imports neither torch nor NumPy: a name that is unknown or weights that cannot be had stop the first stage, not the one
-after the training.
+Imports neither torch nor NumPy: an unknown name, or weights that cannot be downloaded, stop the first stage, not the
+one after the training.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from urllib.request import urlopen
 from ddpm.config.targets import near
 from ddpm.errors import UserError
 
-TIMM = "timm:"  # before the name of a model of the library timm
+TIMM = "timm:"  # the prefix of a model of the library timm
 # torch-fidelity's own address; the name ends in the first digits of the file's sha256
 INCEPTION = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -29,8 +29,8 @@ SECONDS = 30  # without an answer from a server
 
 @cache
 def _timm() -> tuple[list[str], str] | None:
-    """The names of timm's models, and the text that defines them; None where it is not installed. timm itself takes
-    seconds to import, and torch."""
+    """The names of timm's models, and the text that defines them; None where timm is not installed. Importing timm
+    would take seconds, and import torch."""
     spec = find_spec("timm")
     if spec is None or spec.origin is None:
         return None
@@ -51,7 +51,7 @@ def name_fault(features: str, weights: str | None) -> str | None:
     if model not in models:
         hint = near(model, models) or "; python -c 'import timm; print(timm.list_pretrained())' lists them"
         return f"timm has no such model{hint}"
-    if tag in text if tag else weights is not None:  # a tag may be another model's, too, or be put together
+    if tag in text if tag else weights is not None:  # the tag alone: timm composes some full names at run time
         return None
     names = sorted(set(re.findall(rf"""['"]({model}\.[\w.-]+)['"]""", text)))
     return f"its weights are {', '.join(names) or 'not known'}; name one of them, or give a file by evaluate.weights"
@@ -65,29 +65,29 @@ def file_fault(features: str, weights: str | None) -> str | None:
     if not path.is_file():
         return f"there is no such file; {advice}"
     if features.startswith(TIMM) and not _is_safetensors(path):
-        return f"is no file of safetensors; {advice}"
+        return f"is not a safetensors file; {advice}"
     if not features.startswith(TIMM) and not _is_torchs(path):
-        return f"is no file that torch has saved; {advice}"
+        return f"is not a file written by torch.save; {advice}"
     return None
 
 
 def _wanted(features: str) -> str:
-    """The file of weights that a person has to give."""
+    """The file of weights that the user has to provide."""
     if features.startswith(TIMM):
         return f"the file {HUB_FILE} of huggingface.co/timm/{features.removeprefix(TIMM)}"
     return f"the file {INCEPTION_NAME} of torch-fidelity's releases"
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether it begins as they do, with the length of a JSON object and the object, and is called so: by the name of a
-    file timm decides whether to unpickle it."""
+    """Whether a file begins like safetensors, with the length of a JSON object and the object, and has their suffix:
+    timm decides by the suffix whether to unpickle a file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return path.suffix == ".safetensors" and file.read(1) == b"{" and length + 8 <= path.stat().st_size
 
 
 def _is_torchs(path: Path) -> bool:
-    """Whether it begins as what torch.save writes: a zip archive, or before torch 1.6 a pickle."""
+    """Whether a file begins like one of torch.save's: a zip archive, or before torch 1.6 a pickle."""
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")
 
@@ -96,7 +96,7 @@ def fetch(features: str, weights: str | None) -> Path | None:
     """The file with the weights of an extractor, downloaded where it is not here yet; None for pixels.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: the file cannot be downloaded.
     """
     if features == "pixels":
         return None
@@ -120,7 +120,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _inception() -> Path:
-    """The file where torch.hub and torch-fidelity keep it, too."""
+    """Inception's weights, downloaded to the place where torch.hub and torch-fidelity keep them, too."""
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
     path = Path(home, "hub/checkpoints", Path(urlparse(INCEPTION).path).name).expanduser()
     if path.exists():
@@ -129,7 +129,7 @@ def _inception() -> Path:
     with urlopen(INCEPTION, timeout=SECONDS) as answer:
         content = answer.read()
     if not hashlib.sha256(content).hexdigest().startswith(path.stem.rpartition("-")[2]):
-        raise OSError("the file that came is not the one that was asked for")
+        raise OSError("the checksum of the downloaded file is wrong")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)

@@ -25,8 +25,8 @@ RENAMED = {
     "evaluate.inception_weights": "evaluate.weights",
 }
 REMOVED = {"evaluate.kid_subset_size": "removed, since KID takes all pairs of images; delete the line"}
-# Settings that not every choice of their group can use: the setting that decides, and its values that use them (of
-# `timm:<name>` the first part)
+# Settings that only some choices of their group use: the setting that decides, and its values that use them (for
+# `timm:<name>` the part before the colon)
 USED_BY = {
     "dataset.test_fraction": ("name", ("digits", "folder")),
     "dataset.on_broken": ("name", ("folder",)),
@@ -37,7 +37,7 @@ USED_BY = {
     "evaluate.weights": ("features", ("inception", "timm")),
     "evaluate.input_size": ("features", ("timm",)),
 }
-FILES = {"timm": "dinov2"}  # of conf/, where it has another name than the choice
+FILES = {"timm": "dinov2"}  # the file in conf/ of a choice, where the names differ
 WATCHED = "requirements.txt"  # dataset.path of every set but folder: what DVC watches
 
 
@@ -45,13 +45,13 @@ def load_all(path: str | Path = "params.yaml") -> Params:
     """Read and check all of `path`, with OmegaConf, since PyYAML reads `1e-4` as a string.
 
     Raises:
-        UserError: it is missing, unreadable or has faults, one line per fault.
+        UserError: the file is missing, unreadable or has faults, one line per fault.
     """
     OmegaConf.clear_resolver("oc.env")  # a stranger's parameters must not carry this machine's secrets into records
     try:
         text = Path(path).read_text(encoding="utf-8")
         for token in yaml.scan(text):
-            if isinstance(token, yaml.AliasToken):  # a few of them may stand for more than memory holds
+            if isinstance(token, yaml.AliasToken):  # a few aliases can expand to more than memory holds
                 raise ValueError(
                     f"line {token.start_mark.line + 1}: write out what the alias *{token.value} stands for"
                 )
@@ -139,7 +139,7 @@ def _schema_line(path: str, fault: Any) -> str:
 
 
 def _field_names(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed where an unknown one was found."""
+    """The keys that are allowed in place of an unknown one."""
     model: Any = Params
     for part in loc[:-1]:
         # an integer is a place in a list of sections
@@ -295,10 +295,10 @@ def _averages(params: Params) -> Faults:
         if width not in widths:
             yield (
                 "evaluate.ema_widths",
-                f"{width:g} is none of train.ema_widths = {widths}; add it there, or leave it out",
+                f"{width:g} is not in train.ema_widths = {widths}; add it there, or leave it out",
             )
         elif width == sampled:
-            yield "evaluate.ema_widths", f"{width:g} is that of the samples, which are measured anyway; leave it out"
+            yield "evaluate.ema_widths", f"{width:g} is the samples' width, which is measured anyway; leave it out"
 
 
 def _sampling(params: Params) -> Faults:

@@ -27,13 +27,13 @@ AutoBool = Annotated[Literal["auto"] | bool, BeforeValidator(_auto_or_bool)]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused and nothing is converted: `"3"` is not an integer, `3.0` neither."""
+    """Unknown keys are refused and nothing is converted: neither `"3"` nor `3.0` is an integer."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Runtime(Section):
-    """What to compute on, and whether the bytes have to be the same elsewhere."""
+    """What to compute on, and whether other machines must produce the same bytes."""
 
     device: Literal["auto", "cpu", "cuda"]
     reproducible: bool
@@ -114,7 +114,7 @@ class TargetNode(BaseModel):
 
 
 class Optimizer(TargetNode):
-    """An optimizer of torch; its learning rate is the peak."""
+    """An optimizer of torch, or Muon; `lr` is the peak learning rate."""
 
     lr: Annotated[float, Field(gt=0)]
 
@@ -134,7 +134,7 @@ class Train(Section):
     ema_widths: Annotated[list[Width], Field(min_length=1, max_length=8)]
     flip: bool
     transforms: list[dict[str, Any]]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: AutoBool
     compile: AutoBool
     activation_checkpointing: bool
@@ -159,7 +159,7 @@ class Train(Section):
 
     @property
     def hidden_labels(self) -> float:
-        """The share of its images that a class-conditional network is trained on without their label."""
+        """The share of the images that a class-conditional network is trained on without their labels."""
         return 0.1 if self.label_dropout == "auto" else self.label_dropout
 
     @field_validator("steps")
@@ -231,7 +231,7 @@ class Tracking(Section):
 
 
 class Params(Section):
-    """All of `params.yaml`, one section a field."""
+    """All of `params.yaml`, one field per section."""
 
     runtime: Runtime
     dataset: Dataset

@@ -1,7 +1,7 @@
 """Objects that parameters may name by `_target_`: optimizers, learning-rate schedulers and image transforms.
 
-Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules of torch, and among the
-few classes of this project that stand beside them (`own`), and nowhere else.
+Parameters may come from a stranger's experiment, so a name is looked up in three fixed modules of torch, among the
+few classes of this project that are allowed in the same place (`own`), and nowhere else.
 A class that cannot work here is refused with the reason (`not_for_params`). Names and arguments are checked
 against the modules' source text, without importing it: importing torch takes longer than the two seconds in which a
 wrong parameter has to be refused.
@@ -28,9 +28,9 @@ class Kind:
     Attributes:
         module: where the classes are looked up.
         base: the class that they all inherit from.
-        instead: advice for whoever names one that cannot work here.
+        instead: advice for a user who names one that cannot work here.
         not_for_params: the classes that cannot work here, each with the reason.
-        own: classes of this project that can be named in the same place, by their full names.
+        own: classes of this project that are allowed in the same place, by their full names.
     """
 
     module: str
@@ -43,7 +43,7 @@ class Kind:
 OPTIMIZER = Kind(
     "torch.optim",
     "Optimizer",
-    "use another, as torch.optim.AdamW",
+    "use another, such as torch.optim.AdamW",
     {
         "LBFGS": "calls the loss several times per step",
         "SparseAdam": "takes sparse gradients only",
@@ -54,7 +54,7 @@ OPTIMIZER = Kind(
 LR_SCHEDULER = Kind(
     "torch.optim.lr_scheduler",
     "LRScheduler",
-    "use another, as torch.optim.lr_scheduler.CosineAnnealingLR",
+    "use another, such as torch.optim.lr_scheduler.CosineAnnealingLR",
     {
         "ReduceLROnPlateau": "follows a validation loss, which this training does not compute",
         "LambdaLR": "takes a Python function",
@@ -107,7 +107,7 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 
 
 def _bases(name: str, classes: dict[str, ast.ClassDef]) -> list[str]:
-    """The class and those it inherits from, nearest first, as far as the module defines them."""
+    """The class and its base classes, nearest first, as far as the module defines them."""
     names = [name]
     for base in classes[name].bases:
         if isinstance(base, ast.Name) and base.id in classes:
@@ -131,10 +131,10 @@ def allowed_names(kind: Kind) -> list[str]:
 
 @cache
 def argument_names(kind: Kind, name: str) -> list[str]:
-    """The arguments of a class's constructor, less the parameters or the optimizer that the caller passes.
+    """The arguments of a class's constructor, without the parameters or the optimizer that the caller passes.
 
     Args:
-        name: of a class in the kind's module, or the full name of one of the project's own.
+        name: the name of a class in the kind's module, or the full name of one of the project's own.
     """
     module, _, name = name.rpartition(".")
     classes = _classes(module or kind.module)
@@ -216,7 +216,7 @@ def build(node: dict[str, Any], kind: Kind, *args: Any) -> Any:
     kwargs = {key: _value(value, kind) for key, value in node.items() if key != "_target_"}
     try:
         return cls(*args, **kwargs)
-    except Exception as error:  # of any class: the code is torch's, so the fault is in the arguments
+    except Exception as error:  # of any type: the code is torch's, so the fault is in the arguments
         text = " ".join(f"{error}".split()) or type(error).__name__
         raise ValueError(f"{node['_target_']}: {text}") from None
 

@@ -1,4 +1,4 @@
-"""The variational bound on the likelihood of images, term by term (Ho et al. 2020, section 3 and 4.3)."""
+"""The variational bound on the likelihood of images, term by term (Ho et al. 2020, sections 3 and 4.3)."""
 
 import math
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from ddpm.core.samplers import Model
 
 @dataclass(frozen=True)
 class Bound:
-    """The mean over images of each term, in bits a dimension.
+    """Every term of the bound, in bits per dimension, as a mean over images.
 
     Attributes:
-        prior: L_T, what x_T still knows of the image.
+        prior: L_T, the information that x_T still holds about the image.
         terms: float64 (T,): L_0, the cost of the pixels given x_1, then L_{t} of each step t = 1 ... T-1.
         x0_mse: float64 (T,): the mean squared error of the prediction of x_0 at each t, in [-1, 1] units.
-        error: the standard error of the whole bound over images, each with its noise; NaN for a single image.
+        error: the standard error of the whole bound, over images and their noise; NaN for a single image.
     """
 
     prior: float
@@ -31,9 +31,10 @@ class Bound:
 
     @classmethod
     def of(cls, sums: np.ndarray, count: int) -> "Bound":
-        """From the sums over `count` images, float64 (3, T): of the terms, of the squared errors, and of L_T, which
-        stands first in its row, with that of the squares of each image's whole bound after it; `bound_sums` gives those
-        of a batch, and batches add up."""
+        """Build the bound from the sums over `count` images, float64 (3, T), added up from `bound_sums` of each batch.
+
+        Row 0 holds the terms, row 1 the squared errors; row 2 begins with L_T and the square of each image's bound.
+        """
         terms, errors, (prior, square, *_) = sums / count
         variance = max(0.0, square - (prior + terms.sum()) ** 2) / (count - 1) if count > 1 else math.nan
         return cls(float(prior), terms, errors, math.sqrt(variance))
@@ -47,8 +48,8 @@ class Bound:
         """What a receiver knows after the steps T-1 ... t, for each t (Ho et al. 2020, section 4.3, figure 5).
 
         Returns:
-            rate: bits a dimension spent so far, (T,). distortion: the root mean squared error of the image that
-            it would then draw, in levels of 0 to 255, (T,).
+            rate: bits per dimension spent so far, (T,). distortion: the root mean squared error of the image that
+            the receiver would then draw, in levels from 0 to 255, (T,).
         """
         spent = np.append(np.cumsum(self.terms[::-1])[::-1][1:], 0.0)
         return self.prior + spent, 127.5 * np.sqrt(self.x0_mse)
@@ -83,11 +84,11 @@ def bound_sums(
 
     Args:
         x0: float32 (B, C, H, W), levels of 8 bits mapped to [-1, 1].
-        noise: gives the next standard normal (B, C, H, W), one for each t = 0 ... T-1.
+        noise: returns the next standard normal draw (B, C, H, W), one for each t = 0 ... T-1.
         variance: of the reverse process, as for sampling; fixed_large is the better bound for few training steps.
         on_step: called after each of the T network evaluations.
-        at_once: of these evaluations, as one batch (at_once * B, C, H, W) in which the images are repeated; it divides
-            T. The model is that of such a batch.
+        at_once: evaluations computed as one batch (at_once * B, C, H, W), in which the images are repeated; must divide
+            T. Labels that are bound to `model` must be repeated in the same way.
     """
     sums = np.zeros((3, diffusion.timesteps))
     whole = diffusion.prior_term(x0).double()

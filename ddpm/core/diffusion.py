@@ -22,7 +22,7 @@ MIN_SNR_GAMMA = 5.0  # Hang et al. 2023 find it robust
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What decides the forward process and the meaning of a network's output; both betas are the linear schedule's."""
+    """The settings of the forward process and of the network's output. The cosine schedule does not use the betas."""
 
     timesteps: int
     schedule: Schedule
@@ -36,8 +36,8 @@ class Losses(NamedTuple):
     """The loss of each image, float32 (B,) each.
 
     Attributes:
-        objective: what is minimised.
-        simple: the mean squared error of the prediction (Ho et al. 2020, eq. 14), whatever is minimised.
+        objective: the loss that the training minimises.
+        simple: the mean squared error of the prediction (Ho et al. 2020, eq. 14), whatever the objective is.
         bound: the bound's part of the objective where the variance is learned, else None.
     """
 
@@ -51,7 +51,7 @@ def make_betas(config: DiffusionConfig) -> np.ndarray:
 
     linear: from beta_start to beta_end (Ho et al. 2020, section 4).
     cosine: from alphas_cumprod = cos^2, capped at 0.999 (Nichol & Dhariwal 2021, eq. 17).
-    sigmoid: beta_start to beta_end along a logistic curve from -6 to 6, as diffusers has it.
+    sigmoid: beta_start to beta_end along a logistic curve from -6 to 6, as in diffusers.
     """
     steps = config.timesteps
     if config.schedule == "linear":
@@ -73,7 +73,7 @@ class GaussianDiffusion:
     different last bits on different processors.
 
     Raises:
-        ValueError: the schedule begins with no noise or ends with no signal, as far as floats can tell.
+        ValueError: the schedule begins with no noise or ends with no signal, within the precision of floats.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu") -> None:
@@ -90,7 +90,7 @@ class GaussianDiffusion:
             )
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
-        # of q(x_{t-1} | x_t, x_0), eq. 7; at t = 0 nothing is left to draw, and the variance of t = 1 stands in
+        # the variance of q(x_{t-1} | x_t, x_0), eq. 7; at t = 0 nothing is left to draw: the value of t = 1 replaces it
         following = np.append(1.0, self.alphas_cumprod[:-1])
         tilde = self.betas * (1 - following) / (1 - self.alphas_cumprod)
         tilde[0] = tilde[1]
@@ -101,7 +101,7 @@ class GaussianDiffusion:
             "mean_x0": self.betas * np.sqrt(following) / (1 - self.alphas_cumprod),
             "mean_x_t": (1 - following) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod),
             "log_small": np.log(tilde),
-            "log_large": np.log(np.append(tilde[1], self.betas[1:])),  # as the paper's code has it at t = 0
+            "log_large": np.log(np.append(tilde[1], self.betas[1:])),  # at t = 0 as in the paper's code
             "log_betas": np.log(self.betas),
             "min_snr": self._min_snr_weights(),
         }
@@ -121,7 +121,7 @@ class GaussianDiffusion:
     def _at(self, table: str, t: Tensor) -> Tensor:
         """The table's values at t, int64 (B,), as (B, 1, 1, 1).
 
-        `gather` refuses an index outside of 0 ... T-1 on every device, at no cost; `[]` would take -1 for T-1.
+        `gather` refuses an index outside of 0 ... T-1 on every device, at no cost; `[]` would read -1 as T-1.
         """
         return self._tables[table].gather(0, t).view(-1, 1, 1, 1)
 
@@ -156,7 +156,7 @@ class GaussianDiffusion:
         return signal * x_t - sigma * output
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A network's output (B, C or 2C, H, W) as the prediction and, where it is learned, the variance's share."""
+        """Split a network's output (B, C or 2C, H, W) into the prediction and the variance's share (or None)."""
         if not self.config.learn_variance:
             return output, None
         prediction, share = output.chunk(2, dim=1)
@@ -167,8 +167,8 @@ class GaussianDiffusion:
         return self._at("mean_x0", t) * x0 + self._at("mean_x_t", t) * x_t
 
     def log_variance(self, t: Tensor, variance: Variance, share: Tensor | None) -> Tensor:
-        """log of the variance of p(x_{t-1} | x_t): beta-tilde, beta, or between the two (Nichol & Dhariwal 2021,
-        eq. 15), where `share`, the network's, is -1 for beta-tilde and 1 for beta."""
+        """log of the variance of p(x_{t-1} | x_t): beta-tilde, beta, or a value between the two (Nichol & Dhariwal
+        2021, eq. 15), where the network's `share` is -1 for beta-tilde and 1 for beta."""
         if variance == "learned":
             assert share is not None
             small, large = self._at("log_small", t), self._at("log_betas", t)
@@ -176,7 +176,7 @@ class GaussianDiffusion:
         return self._at("log_small" if variance == "fixed_small" else "log_large", t)
 
     def bound_term(self, x0: Tensor, x_t: Tensor, t: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """One term of the variational bound, in bits a dimension: float32 (B,).
+        """One term of the variational bound, in bits per dimension: float32 (B,).
 
         L_{t-1}, the divergence of p(x_{t-1} | x_t), given by `mean` and `log_variance`, from the true posterior
         (Ho et al. 2020, eq. 5 and 8); at t = 0 the negative log-likelihood L_0 (eq. 13).
@@ -194,7 +194,7 @@ class GaussianDiffusion:
         return term.mean(dim=(1, 2, 3)) / math.log(2)
 
     def prior_term(self, x0: Tensor) -> Tensor:
-        """L_T, the divergence of q(x_T | x_0) from a standard normal, in bits a dimension: float32 (B,)."""
+        """L_T, the divergence of q(x_T | x_0) from a standard normal, in bits per dimension: float32 (B,)."""
         t = torch.full((len(x0),), self.timesteps - 1, device=x0.device)
         signal, sigma = self._rates(t)
         divergence = 0.5 * (sigma**2 + (signal * x0) ** 2 - 1 - 2 * torch.log(sigma))
@@ -203,7 +203,7 @@ class GaussianDiffusion:
     def losses(
         self, model: Callable[..., Tensor], x0: Tensor, t: Tensor, noise: Tensor, weighting: Weighting = "simple"
     ) -> Losses:
-        """What a training minimises, and its parts.
+        """The training loss of each image, and its parts.
 
         simple: the mean squared error (Ho et al. 2020, eq. 14). min_snr: the same, weighted by timestep (Hang et
         al. 2023). With a learned variance, plus 0.001 times the bound, through which only the variance learns
@@ -224,7 +224,7 @@ class GaussianDiffusion:
 def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """log p(x_0) of 8-bit pixels under a normal that is integrated over each level (Ho et al. 2020, eq. 13).
 
-    x0: float32 (B, C, H, W), levels mapped to [-1, 1]; the lowest and the highest bin are open to the outside.
+    x0: float32 (B, C, H, W), levels mapped to [-1, 1]; the lowest and the highest bin extend to infinity.
     """
     plus, minus = ((x0 - mean + side / 255) * torch.exp(-log_scale) for side in (1, -1))
     below_plus, below_minus = (0.5 * (1 + torch.erf(z / math.sqrt(2))) for z in (plus, minus))

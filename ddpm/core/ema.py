@@ -1,4 +1,4 @@
-"""Averaged weights: what is sampled from and saved."""
+"""Averaged weights: those that are saved and sampled from."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm.core.unet import UNet
 
-WIDEST = 0.28  # of an average: below that of the plain mean of all steps, 1 / sqrt(12) = 0.289
+WIDEST = 0.28  # the largest width: below that of the plain mean of all steps, 1 / sqrt(12) = 0.289
 
 
 def exponent(width: float) -> float:
@@ -19,7 +19,7 @@ def exponent(width: float) -> float:
             0 and at most `WIDEST`. 0.1 averages over about the last fifth of a training, and 0.05 over a tenth.
 
     Raises:
-        ValueError: the width is outside of that.
+        ValueError: the width is out of this range.
     """
     if not 0 < width <= WIDEST:
         raise ValueError(f"width = {width}: must be above 0 and at most {WIDEST}")
@@ -31,10 +31,11 @@ def exponent(width: float) -> float:
 
 
 class EMA:
-    """The average of the weights over the steps, which weighs step k as k^gamma (Karras et al. 2024, eq. 123).
+    """The average of the weights over the steps, where step k counts in proportion to k^gamma (Karras et al. 2024,
+    eq. 123).
 
-    Its width grows with the training: it is the same share of a short one and of a long one, and the initial weights
-    are forgotten at once. A width of 0 is no average: the network's own weights.
+    Its width in steps grows with the training: it is the same share of a short training and of a long one, and the
+    initial weights are forgotten at once. A width of 0 means no average: the network's own weights.
 
     Attributes:
         width: see `exponent`, or 0.
@@ -50,6 +51,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` (counted from 0)."""
+        """Add the weights after `step` (counted from 0) to the average."""
         kept = (step / (step + 1)) ** (self._gamma + 1) if self.width else 0.0  # beta, eq. 127
         torch._foreach_lerp_(self._average, self._live, 1 - kept)

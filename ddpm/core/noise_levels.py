@@ -1,4 +1,4 @@
-"""At which noise levels a network is trained: the distribution of the timesteps of its training images."""
+"""The noise levels that a network is trained at: the distribution of its training images' timesteps."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Levels = Literal["uniform", "normal", "laplace"]
 
 
 def timestep_shares(alphas_cumprod: np.ndarray, levels: Levels, width: float) -> np.ndarray:
-    """The share of the training images that has each timestep, t = 0 ... T-1: float64 (T,), of sum 1.
+    """The share of the training images that gets each timestep, t = 0 ... T-1: float64 (T,), of sum 1.
 
     uniform: the same for each (Ho et al. 2020, algorithm 1). normal, laplace: the logarithm of the signal-to-noise
     ratio has this distribution about 0, where signal and noise are alike (Hang & Gu 2024, arXiv 2407.03297, table 1):
@@ -20,7 +20,7 @@ def timestep_shares(alphas_cumprod: np.ndarray, levels: Levels, width: float) ->
 
     Args:
         alphas_cumprod: alpha_bar of each timestep, falling: float64 (T,).
-        width: of normal the standard deviation, of laplace the scale, in units of log SNR.
+        width: the standard deviation of normal, the scale of laplace, in units of log SNR.
 
     Raises:
         ValueError: the log SNR of the schedule does not cross 0.
@@ -49,7 +49,7 @@ _CDF: dict[str, Callable[[float], float]] = {"normal": _normal, "laplace": _lapl
 
 
 class Timesteps:
-    """Draws timesteps of these shares, float64 (T,), on a device."""
+    """Draws timesteps with these shares, float64 (T,), on a device."""
 
     def __init__(self, shares: np.ndarray, device: torch.device | str = "cpu") -> None:
         bounds = np.cumsum(shares)[:-1]

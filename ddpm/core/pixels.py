@@ -1,4 +1,4 @@
-"""The two ways between images, as stored or transformed, and what the model sees. No other place converts."""
+"""Convert images, as stored or transformed, to the model's range and back. No other module does."""
 
 import numpy as np
 import torch

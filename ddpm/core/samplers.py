@@ -1,4 +1,4 @@
-"""From noise to images. Every sampler has one signature and yields the state after each network evaluation."""
+"""From noise to images. All samplers have the same signature and yield the state after each network evaluation."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ Model = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, H, W) and t (B,) to the
 
 
 class Step(NamedTuple):
-    """The timestep that was left, the state x_{t-1} after it, and the clipped prediction of x_0 made there."""
+    """t: the timestep just left. x: the state after it, x_{t-1}. x0: the clipped prediction of x_0 made at t."""
 
     t: int
     x: Tensor
@@ -47,20 +47,20 @@ def timesteps(total: int, steps: int, spacing: Spacing) -> list[int]:
     else:
         order = np.arange(steps)
         floor = (np.linspace(0, math.sqrt(total * 0.8), steps) ** 2).astype(np.int64)
-        chosen = np.maximum.accumulate(floor - order) + order  # the least distinct integers from `floor` up
+        chosen = np.maximum.accumulate(floor - order) + order  # the smallest distinct integers not below `floor`
     return sorted(map(int, chosen), reverse=True)
 
 
 def conditioned(model: Callable[..., Tensor], labels: Tensor | None) -> Model:
-    """A network as a function of x_t and t alone: of images of these classes, int64 (B,); None: it takes no labels."""
+    """Bind labels, int64 (B,), so that the network is a function of x_t and t alone; None: the network takes none."""
     return model if labels is None else partial(model, labels=labels)
 
 
 def guided(model: UNet, labels: Tensor, scale: float) -> Model:
-    """A class-conditional network as a sampler wants it, with classifier-free guidance (Ho & Salimans 2022, eq. 6).
+    """Bind labels to a class-conditional network, with classifier-free guidance (Ho & Salimans 2022, eq. 6).
 
-    The prediction is unconditional + scale * (conditional - unconditional), scale being their 1 + w: at 1 there is
-    no guidance, and one evaluation a step instead of two. The same combination holds for epsilon, x0 and v, which are
+    The prediction is unconditional + scale * (conditional - unconditional), where scale is their 1 + w: at 1 there is
+    no guidance, and one evaluation per step instead of two. The same combination holds for epsilon, x0 and v, which are
     affine in each other. A learned variance stays that of the conditional output.
 
     Args:
@@ -84,11 +84,14 @@ def normal(
 ) -> Tensor:
     """One standard normal draw of `shape` from each generator: float32 (B, *shape)."""
     draws = [g.standard_normal(shape, dtype=np.float32) for g in generators]
-    return torch.from_numpy(np.stack(draws)).to(device)
+    values = torch.from_numpy(np.stack(draws))
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()  # without it the CPU would wait for the GPU's work before this copy
+    return values.to(device, non_blocking=True)
 
 
 class ImageNoise:
-    """The standard normal draws of a batch of samples: each call gives the next, float32 (B, C, H, W).
+    """The standard normal draws of a batch of samples: each call returns the next, float32 (B, C, H, W).
 
     Sample i draws from (seed, i) alone: first its start noise, then the noise of each step of its path. So
     an image does not depend on the others, on the batch size, or on the device.
@@ -113,13 +116,13 @@ def _denoise(model: Model, diffusion: GaussianDiffusion, x: Tensor, t: int) -> t
 
 
 def _visits(diffusion: GaussianDiffusion, path: list[int]) -> Iterator[tuple[int, float, float]]:
-    """(t, alpha_bar_t, alpha_bar of the timestep that follows), the last of which is 1: no noise is left.
+    """(t, alpha_bar_t, alpha_bar of the next timestep); after the last timestep alpha_bar is 1: no noise is left.
 
     Raises:
         ValueError: the path is empty, does not fall, or leaves 0 ... T-1.
     """
     if not path or not diffusion.timesteps > path[0] >= path[-1] >= 0 or any(a <= b for a, b in pairwise(path)):
-        raise ValueError(f"a path must fall from below {diffusion.timesteps} to 0 or above, not {path}")
+        raise ValueError(f"path = {path}: must fall from at most {diffusion.timesteps - 1} to at least 0")
     for i, t in enumerate(path):
         following = diffusion.alphas_cumprod[path[i + 1]] if i + 1 < len(path) else 1.0
         yield t, float(diffusion.alphas_cumprod[t]), float(following)
@@ -140,10 +143,10 @@ def ddpm(
     Args:
         x: the start noise, float32 (B, C, H, W).
         path: the timesteps to visit, from `timesteps`.
-        noise: gives the next standard normal (B, C, H, W); not called at the last step.
+        noise: returns the next standard normal draw (B, C, H, W); not called at the last step.
         variance: of x_{t-1} given x_t: fixed_small is beta-tilde (eq. 7), fixed_large is beta, learned is the
             network's own between the two (Nichol & Dhariwal 2021, eq. 15).
-        eta: not used; DDIM's.
+        eta: not used; an argument of DDIM.
     """
     for t, now, following in _visits(diffusion, path):
         x0, share = _denoise(model, diffusion, x, t)
@@ -198,10 +201,10 @@ def dpm_solver(
 ) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): second order, from the last two predictions.
 
-    Arguments as for `ddpm`; `noise`, `variance` and `eta` are not used. The first step and the last, to no noise
-    at all, are of first order.
+    Arguments as for `ddpm`; `noise`, `variance` and `eta` are not used. The first step and the last, which ends
+    in the clean image, are of first order.
     """
-    before: tuple[Tensor, float] | None = None  # the last prediction of x_0, and the stride that was made with it
+    before: tuple[Tensor, float] | None = None  # the previous prediction of x_0, and the stride that followed it
     for t, now, following in _visits(diffusion, path):
         x0, _ = _denoise(model, diffusion, x, t)
         if following == 1:

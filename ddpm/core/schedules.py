@@ -1,10 +1,10 @@
-"""Which noise schedules floats can hold. Imports neither torch nor NumPy, as ddpm/config/schema.py."""
+"""Which noise schedules floats can represent. Imports neither torch nor NumPy, like ddpm/config/schema.py."""
 
 import math
 from collections.abc import Iterator
 
-LEAST_NOISE = 1e-12  # of 1 - alpha_bar at the first timestep: float64 keeps four digits of it
-LEAST_SIGNAL = 1e-60  # of alpha_bar at the last timestep: float32 divides by its square root
+LEAST_NOISE = 1e-12  # least 1 - alpha_bar at the first timestep: float64 keeps four digits of it
+LEAST_SIGNAL = 1e-60  # least alpha_bar at the last timestep: float32 divides by its square root
 
 
 def _log_signals(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> tuple[float, float]:
@@ -18,15 +18,15 @@ def _log_signals(timesteps: int, schedule: str, beta_start: float, beta_end: flo
 
 
 def crosses_zero(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> bool:
-    """Whether the log SNR starts above 0 and ends below it: the signal's share, alpha_bar, above and below a half."""
+    """Whether the log SNR starts above 0 and ends below 0: alpha_bar starts above a half and ends below it."""
     if schedule == "cosine":
-        return timesteps > 2  # of two timesteps, the first has 0.494
+        return timesteps > 2  # with two timesteps, alpha_bar starts at 0.494
     first, last = _log_signals(timesteps, schedule, beta_start, beta_end)
     return first > math.log(0.5) > last
 
 
 def schedule_faults(timesteps: int, schedule: str, beta_start: float, beta_end: float) -> Iterator[tuple[str, str]]:
-    """What is wrong with a schedule: the name of a setting of `diffusion`, and why it is refused; never of a cosine."""
+    """The faults of a schedule: a setting of `diffusion`, and why it is refused. Cosine schedules have none."""
     if schedule == "cosine":
         return
     first, signal = _log_signals(timesteps, schedule, beta_start, beta_end)

@@ -24,10 +24,10 @@ class UNetConfig:
         add_attention: attention in the middle.
         downsample_padding: 0 pads the stride-2 convolutions on the right and bottom only, 1 on all sides.
         flip_sin_to_cos: cosines before sines in the time embedding.
-        freq_shift: 1 makes the lowest frequency of the time embedding exactly 1/10000; 0 stays above it.
+        freq_shift: 1 makes the lowest frequency of the time embedding exactly 1/10000; with 0 it is higher.
         num_class_embeds: number of labels of a class-conditional network; None for an unconditional one.
         has_no_label: the last of these labels is no class, but stands for no label.
-        center_input_sample: inputs are in [0, 1], and the network takes them to [-1, 1].
+        center_input_sample: inputs are in [0, 1], and the network maps them to [-1, 1].
 
     Raises:
         ValueError: values that do not fit together.
@@ -88,12 +88,12 @@ class UNetConfig:
 
     @property
     def classes(self) -> int:
-        """How many classes an image can be of; 0 for an unconditional network."""
+        """The number of classes of the images; 0 for an unconditional network."""
         return (self.num_class_embeds or 0) - self.has_no_label
 
     @property
     def no_label(self) -> int | None:
-        """The label that stands for no label, on which guidance rests; None where the network has none."""
+        """The label that stands for no label, which guidance needs; None where the network has none."""
         return self.classes if self.has_no_label else None
 
 
@@ -123,8 +123,8 @@ class TimeEmbedding(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """torch's own, but on a CPU from 16 random bits per element, drawn four at a time: a Bernoulli draw for each would
-    be a twentieth of a bf16 training step of the paper's network. `p` is rounded to these bits."""
+    """torch's dropout, but on a CPU with 16 random bits per element, four elements per draw: Bernoulli draws would take
+    a twentieth of a bf16 training step of the paper's network. `p` is rounded to 16 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
@@ -203,7 +203,7 @@ class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a convolution.
 
     On a CPU both are one transposed convolution: each output pixel depends on 2x2 inputs, weighted by sums of the 3x3
-    kernel, with less than half of the products. For few pixels the sums cost more than that saves.
+    kernel, with less than half of the products. For few pixels the sums cost more than they save.
     """
 
     def __init__(self, channels: int) -> None:
@@ -256,7 +256,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One residual block more than on the way down: it also takes the skip of the level's entry."""
+    """A level going up: one residual block more than going down, since it also takes the skip of the level's input."""
 
     def __init__(
         self, c_in: int, c_out: int, skips: list[int], attention: bool, last: bool, time: int, config: UNetConfig
@@ -325,7 +325,7 @@ class UNet(nn.Module):
         temb = self.time_embedding(timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift))
         if labels is not None:
             temb = temb + self.class_embedding(labels)
-        temb = F.silu(temb)  # once, where diffusers does it in each residual block
+        temb = F.silu(temb)  # once here; diffusers does it in each residual block
         x = self.conv_in(2 * x - 1 if c.center_input_sample else x)
         skips = [x]
         for block in self.down_blocks:
@@ -337,9 +337,9 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def set_recompute(self, recompute: bool) -> None:
-        """Whether each residual block keeps only its input for the backward pass, and recomputes its activations there.
+        """Set whether residual blocks keep only their input for the backward pass, and recompute activations there.
 
-        Less memory and the same bits, for a second forward pass (Chen et al. 2016).
+        This takes less memory, gives the same bits, and costs a second forward pass (Chen et al. 2016).
         """
         for module in self.modules():
             if isinstance(module, ResnetBlock):

@@ -1,17 +1,27 @@
 """data/prepared as the stages read it. Arrays are memory-mapped, so a data set may be larger than memory."""
 
 import hashlib
+import json
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ddpm.errors import UserError
 from ddpm.files import load_array
 from ddpm.files import stale as stale_file
+from ddpm.runtime import processes
+from ddpm.runtime.workspace import root
 
+FILES = ("dataset.json", *(f"{split}/{kind}.npy" for split in ("train", "test") for kind in ("images", "labels")))
+SETTLED = 2 * 10**9  # ns: a file system that counts in seconds shows no second write within one
+MOST_RECORDS = 100
+BLOCK = 2**20  # bytes
 Positive = Annotated[int, Field(ge=1)]
 stale = partial(stale_file, stage="prepare_data")
 
@@ -45,7 +55,9 @@ class Images(NamedTuple):
 class Prepared:
     """The prepared data: what dataset.json says, and both splits.
 
-    Opening reads dataset.json and the arrays' shapes and labels; `verify` reads all pixels.
+    Opening reads dataset.json and the arrays' shapes and labels. `verify` reads all pixels, once: what it found is kept
+    in `.cache/verified/` of the main checkout, and holds while each file has the same size, inode and time of its last
+    write. DVC trusts the same three. That folder may be deleted at any time.
 
     Attributes:
         folder: where the data is.
@@ -59,7 +71,8 @@ class Prepared:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.info: dict[str, Any] = _load_info(self.folder / "dataset.json")
-        self._stamps = self._files()
+        self._opened_at = time.time_ns()
+        self._stamps = _stamps(self.folder)
         self.train, self.test = self._open("train"), self._open("test")
 
     def _open(self, split: str) -> Images:
@@ -75,31 +88,82 @@ class Prepared:
         return Images(images, labels)
 
     def verify(self) -> None:
-        """Read all of it.
+        """Read all of it, where no record says that these very files were read. Every process has to come here.
 
         Raises:
             UserError: it does not match dataset.json.
         """
-        if self._sha256() != self.info["sha256"]:
+        if self._differs():
             raise stale(self.folder, "does not match its dataset.json")
 
     def changed(self) -> bool:
-        """Whether the files hold something else by now. They are read again only if one was written or replaced."""
+        """Whether the files hold something else by now. They are read again only if one was written or replaced. Every
+        process has to come here, and all get one answer."""
         try:
-            return self._files() != self._stamps and Prepared(self.folder)._sha256() != self.info["sha256"]
+            now = self if _stamps(self.folder) == self._stamps else Prepared(self.folder)
+            other = now.info["sha256"] != self.info["sha256"]
         except (UserError, OSError):
-            return True
+            now, other = self, True
+        return processes.any_process(other) or (processes.any_process(now is not self) and now._differs())
+
+    def _differs(self) -> bool:
+        """Whether the arrays are others than dataset.json describes. Of the processes that see the same files, one
+        reads them: on several machines there may be several copies."""
+        facts = json.dumps([self._stamps, self.info["sha256"]]).encode()
+        mark = hashlib.sha256(facts).hexdigest()
+        record = root() / ".cache/verified" / f"{mark[:16]}.json"
+        number = 0 if _read(record) == facts else 1 + int(mark[:15], 16)
+        readers = processes.gathered(torch.tensor([number])).tolist()
+        reads = number > 0 and readers.index(number) == processes.rank()
+        differs = reads and self._sha256() != self.info["sha256"]
+        if reads and not differs:
+            self._keep(record, facts)  # before the others continue, and look for it
+        return processes.any_process(differs)
+
+    def _keep(self, record: Path, facts: bytes) -> None:
+        """Record that the files were read, unless one is so new that a later write would not show in its time."""
+        if self._opened_at - max(written for _, _, written in self._stamps) < SETTLED:
+            return
+        try:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_bytes(facts)  # half of it is no record
+            for old in sorted(record.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_RECORDS]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            print(f"{record}: not kept, so the next start reads all data again: {error.strerror}", file=sys.stderr)
 
     def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        for split in (self.train, self.test):
-            digest.update(np.ascontiguousarray(split.images).data)
-            digest.update(np.ascontiguousarray(split.labels).data)
+        digest, buffer = hashlib.sha256(), bytearray(BLOCK)
+        for name, array in zip(FILES[1:], (*self.train, *self.test), strict=True):
+            assert isinstance(array, np.memmap)
+            with (self.folder / name).open("rb", buffering=0) as file:  # mapped pages would count as this process's
+                file.seek(array.offset)
+                while size := file.readinto(buffer):
+                    digest.update(memoryview(buffer)[:size])
         return digest.hexdigest()
 
-    def _files(self) -> list[tuple[Path, int, int]]:
-        """Every file of the folder, its inode and when it was written."""
-        return [(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(self.folder.rglob("*"))]
+
+def _stamps(folder: Path) -> list[list[int]]:
+    """Of each file: its size, its inode and when it was written, in ns.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    found = []
+    for name in FILES:
+        try:
+            stat = (folder / name).stat()
+        except OSError as error:
+            raise stale(folder / name, str(error.strerror)) from None
+        found.append([stat.st_size, stat.st_ino, stat.st_mtime_ns])
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _load_info(path: Path) -> dict[str, Any]:

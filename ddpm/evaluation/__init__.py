@@ -1,1 +1,1 @@
-"""How good samples and network are: features, distances, held-out loss, the card."""
+"""How good the samples and the network are: features, distances, held-out loss, the card."""

@@ -10,31 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # features in a block: 32 MiB of float64, for which memory is soon found
+BLOCK = 2**22  # features in a block: 32 MiB of float64
 PAIRS = 2**25  # distances in a block: 256 MiB
 
 
 def unit(features: np.ndarray) -> float:
-    """What one unit of the features is divided by, so that pixels lie in [0, 1]."""
+    """The divisor that takes features to their own units: 255 for pixels, so that they lie in [0, 1], else 1."""
     return 255.0 if features.dtype == np.uint8 else 1.0
 
 
 def double(block: np.ndarray, device: torch.device) -> Tensor:
     """A block in float64, in the features' own units."""
-    return torch.from_numpy(np.array(block)).to(device).double()  # np.array: torch wants memory that may be written
+    return torch.from_numpy(np.array(block)).to(device).double()  # np.array: torch wants writable memory
 
 
 def row_blocks(features: np.ndarray, others: int = 0) -> Iterator[slice]:
-    """Rows in blocks that fit `BLOCK`, or `PAIRS` with so many others."""
+    """Slices of rows: of at most `BLOCK` features each, or with `others` rows at most `PAIRS` pairs."""
     size = max(1, PAIRS // others if others else BLOCK // max(1, features.shape[1]))
     return (slice(start, min(start + size, len(features))) for start in range(0, len(features), size))
 
 
 def products(a: np.ndarray, b: np.ndarray, device: torch.device, means: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The inner product of each row of a (N, D) with each of b (M, D), in their own units: float64 (N, M).
+    """The inner product of each row of a (N, D) with each row of b (M, D), in their own units: float64 (N, M).
 
     Args:
-        means: what to subtract from all rows of a and of b, float64 (D,) each.
+        means: subtracted from all rows of a and of b, float64 (D,) each.
     """
     out = None
     width = max(1, BLOCK // max(1, len(a) + len(b)))

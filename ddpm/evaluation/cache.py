@@ -1,7 +1,7 @@
-"""Arrays that follow from the data and an extractor alone, computed once and kept for later evaluations.
+"""Arrays that depend on the data and an extractor alone, computed once and kept for later evaluations.
 
-They lie in `.cache/features/` of the main checkout, so that all trials of a sweep share them; the folder may be deleted
-at any time. A file is named by all that its array follows from, written whole or not at all, and ends in its sha256.
+They are kept in `.cache/features/` of the main checkout, which all trials of a sweep share; the folder may be deleted
+at any time. A file is named by all that its array depends on, written whole or not at all, and ends in its sha256.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from ddpm.runtime import processes
 from ddpm.runtime.resume import fingerprint
 
 DIGEST = hashlib.sha256().digest_size
-WORTH = 1e11  # operations: about five seconds of a CPU. What takes less is computed again
+WORTH = 1e11  # operations: about five seconds of a CPU. An array that takes less is computed each time
 
 
 def code_digest(*files: str) -> str:
-    """What the code of these files is, for the facts of an array that it computes."""
+    """A digest of the code of these files, one of the facts of the arrays that they compute."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
@@ -33,11 +33,13 @@ class Cache:
         self.folder = folder
 
     def array(self, facts: Mapping[str, Any], compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array that follows from `facts` (JSON-like): read, memory-mapped, where it is kept, else computed and
-        kept. A damaged file is named on stderr and replaced. Where nothing can be written, a line says so."""
+        """The array that depends on `facts` (JSON-like): memory-mapped if it is kept, else computed and kept.
+
+        A damaged file is named on stderr and replaced. If the array cannot be written, a warning is printed.
+        """
         path = self.folder / f"{fingerprint(facts)}.npy"
         kept = _read(path)
-        if processes.any_process(kept is None):  # all compute, since they share the work
+        if processes.any_process(kept is None):  # all processes compute, since they share the work
             kept = compute()
             if processes.rank() == 0:
                 try:
@@ -58,7 +60,7 @@ def _read(path: Path) -> np.ndarray | None:
                 rest -= len(part)
             sound = file.read() == digest.digest()
         array: np.ndarray | None = np.lib.format.open_memmap(path, mode="r") if sound else None
-    except FileNotFoundError:  # by now, too: a person may delete the folder at any time
+    except FileNotFoundError:  # even now: the user may delete the folder at any time
         return None
     except OSError as error:
         print(f"{path}: not readable, computed again: {error.strerror}", file=sys.stderr)

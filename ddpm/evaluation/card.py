@@ -1,4 +1,4 @@
-"""How an evaluation is reported: numbers to compare, and a fact sheet with all that they were measured with."""
+"""Evaluation results as text: rounded numbers, and a fact sheet of the settings behind them."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from ddpm.config.schema import Evaluate, Sample
 from ddpm.files import write_file
 
-DECIMALS, MOST_DECIMALS = 4, 6  # of a number without an error, and of any: what is the same on every machine
+DECIMALS, MOST_DECIMALS = 4, 6  # of a number without an error; of any number: more would differ between machines
 
 
 def decimals(error: float | None) -> int:
@@ -27,8 +27,8 @@ def measured(row: Mapping[str, Any], name: str) -> str:
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of values as they are written: a number and its error `..._se` to the same decimals. NaN, what is not
-    defined for the data, is left out: JSON has none."""
+    """A row of values as they are written: a number and its error `..._se` to the same decimals. NaN (not defined for
+    this data) is left out, since JSON has no NaN."""
     short = {}
     for key, value in row.items():
         name = key.removesuffix("_se")
@@ -38,7 +38,7 @@ def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, rows: Mapping[str, Any] | list[dict[str, Any]]) -> None:
-    """Write one row of values, or a list of them; the folder is made."""
+    """Write one row of values, or a list of them; a missing folder is created."""
     content = [rounded(row) for row in rows] if isinstance(rows, list) else rounded(rows)
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -55,9 +55,9 @@ def card(
     """A page of markdown: the same numbers and settings give the same bytes.
 
     Args:
-        values: what metrics.json holds.
+        values: the numbers of metrics.json, unrounded.
         data: the content of dataset.json.
-        extractor: what the features are those of.
+        extractor: the feature extractor, as text.
         digest: sha256 of its weights, or "none".
         classes: the names of the classes that were drawn; none for an unconditional model.
     """
@@ -90,7 +90,7 @@ def card(
 
 
 def _results(numbers: Mapping[str, Any], evaluate: Evaluate, variance: str) -> dict[str, str]:
-    """The rows of the card that hold what was measured."""
+    """The rows of the card that hold measured numbers."""
 
     def shown(*names: str) -> str:
         return " / ".join(measured(numbers, name) if name in numbers else "not defined" for name in names)

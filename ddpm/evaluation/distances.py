@@ -18,7 +18,7 @@ from ddpm.runtime.progress import Progress
 CPU = torch.device("cpu")
 FLOOR_DRAWS = 5  # resamplings of the real images
 SPLITS = 4  # the extrapolation takes the distances of all samples, of halves, thirds and quarters
-IMAGES_PER_FEATURE = 4  # of the smallest part: below it, the distance is no longer a straight line in 1/N
+IMAGES_PER_FEATURE = 4  # in the smallest part: with fewer, the distance is no longer a straight line in 1/N
 ROUNDING = 1e-14  # an eigenvalue in units of the largest
 NEGLIGIBLE = 1e-6  # a singular value in units of the largest: directions in which the samples do not vary
 
@@ -27,12 +27,12 @@ class Normal:
     """The normal distribution fitted to a set of features (N, D), in their own units.
 
     Attributes:
-        mean: float64 (D,). trace: of the covariance, which is divided by N - 1.
-        covariance: float64 (D, D) where N > D; else None: it has rank N - 1 at most, and the rows say all of it.
+        mean: float64 (D,). trace: of the covariance, which is normalised by N - 1.
+        covariance: float64 (D, D) where N > D; else None: its rank is at most N - 1, and the rows determine it.
     """
 
     def __init__(self, features: np.ndarray, device: torch.device = CPU, name: str | None = None) -> None:
-        """A name shows progress on the set of this name."""
+        """`name`: the name of the set, to show progress; None shows none."""
         self.features, self.device = features, device
         count, width = features.shape
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
@@ -57,7 +57,7 @@ class Normal:
 
     @classmethod
     def unpacked(cls, features: np.ndarray, packed: np.ndarray, device: torch.device = CPU) -> "Normal":
-        """The same again, without what it took to compute."""
+        """Restore what `packed` returned, without recomputing it."""
         self, width = cls.__new__(cls), features.shape[1]
         self.features, self.device = features, device
         self.covariance, self.root, (self.mean, trace) = double(packed, device).split([width, width, 2])
@@ -74,12 +74,12 @@ class Normal:
 
 
 def frechet_distance(samples: Normal, real: Normal) -> Estimate:
-    """Between two normal distributions (Heusel et al. 2017, eq. 6); NaN where one was fitted to a single image.
+    """The Fréchet distance of two normal distributions (Heusel et al. 2017, eq. 6); NaN if one is of a single image.
 
     The error is that of another draw of the samples, by the infinitesimal jackknife: the distance changes with the
     weight of a sample x, to first order, by 2 (m_s - m_r)(x - m_s) + |x - m_s|^2 - (x - m_s) A (x - m_s), where A maps
-    one distribution onto the other (A S_s A = S_r). Far from the real images that is exact for many samples; at the
-    floor, where second-order terms are left, it is too large, by at most the square root of 2.
+    one distribution onto the other (A S_s A = S_r). Far from the real images this error is exact for many samples; at
+    the floor, where second-order terms matter, it is too large by a factor of at most sqrt(2).
     """
     if min(len(samples.features), len(real.features)) < 2:
         return UNDEFINED  # no covariance
@@ -101,11 +101,11 @@ def _distance(a: Normal, b: Normal, overlap: float) -> float:
 def _matrix(a: Normal, b: Normal) -> tuple[Tensor, Tensor | None]:
     """A matrix whose eigenvalues are those of S_a S_b, as small as the smaller set, or as the number of features.
 
-    With R^T R = S, it is R_a S_b R_a^T, with a row for each image of a, where a set has fewer images than features and
-    a is the smaller one; else R_b S_a R_b^T. The root of a set is found once, and b is the one to be used again.
+    With R^T R = S, the matrix is R_a S_b R_a^T, with a row for each image of a, where a set has fewer images than
+    features and a is the smaller set; else R_b S_a R_b^T: a root is computed once per set, and b is used again.
 
     Returns:
-        The matrix, and None for the first form; for the second what turns a centred row of a into a row of R_a R_b^T.
+        The matrix, and None for the first form; for the second the matrix from centred rows of a to rows of R_a R_b^T.
     """
     if a.covariance is not None:
         return b.root @ a.covariance @ b.root.T, b.root.T
@@ -118,13 +118,13 @@ def _matrix(a: Normal, b: Normal) -> tuple[Tensor, Tensor | None]:
 
 
 def _singular(eigenvalues: Tensor) -> Tensor:
-    """Their roots, but 0 for what is only rounding: the root of 1e-16 would be 1e-8."""
+    """The roots of the eigenvalues, but 0 for a rounding error: the root of 1e-16 would be 1e-8."""
     return eigenvalues.where(eigenvalues > ROUNDING * eigenvalues.max(), 0).sqrt()
 
 
 def _overlap(a: Normal, b: Normal) -> tuple[float, Tensor]:
     """The trace of (S_a S_b)^(1/2), which is the sum of the singular values of R_a R_b^T; and (x - m_a) A (x - m_a) for
-    each image x of a, float64 (N,), whose mean it is about."""
+    each image x of a, float64 (N,), whose mean is about that trace."""
     matrix, projection = _matrix(a, b)
     values, vectors = torch.linalg.eigh(matrix)
     singular = _singular(values)
@@ -162,9 +162,9 @@ def extrapolated(samples: Normal, real: Normal, whole: Estimate, seed: int) -> E
     """The Fréchet distance of infinitely many samples (Chong and Forsyth 2020): a straight line in 1/N through the
     distances of the samples and of their parts, halves to quarters; NaN where the parts would be too small.
 
-    The distance of a k-th, averaged over all k of them, strays from the line with a variance of k - 1 in units of its
-    own, and that of all samples not at all: so weighted, the line meets 1/N = 0 at D_1 - sum (D_k - D_1) / sum (k - 1).
-    All parts together are the same samples, so that what these have in common is the error of the distance itself.
+    D_k, the mean distance of k equal parts, deviates from the line with a variance proportional to k - 1, and D_1, of
+    all samples, not at all. With these weights the line meets 1/N = 0 at D_1 - sum (D_k - D_1) / sum (k - 1). The parts
+    of every k are the same samples: the error that they share is the error of the distance itself.
 
     Args:
         whole: the distance of all samples.

@@ -28,7 +28,7 @@ from ddpm.runtime.resume import Store
 from ddpm.runtime.tracking import Tracker
 from ddpm.sampling import Classes, check_variance, chosen_classes, draw, settings_name
 
-PAIRS, PAIR_COLUMNS = 24, 4  # of the picture of the nearest neighbours
+PAIRS, PAIR_COLUMNS = 24, 4  # in the picture of the nearest neighbours
 BOUND_RANGES = 50  # points of the plots of the bound
 PLOTS = ("loss_by_timestep", "bound_by_timestep", "fd_by_nfe")
 Values = dict[str, float]
@@ -40,7 +40,7 @@ class Subject:
     """What an evaluation works on.
 
     Attributes:
-        settings: what to measure. drawn: how the samples were drawn.
+        settings: the section `evaluate`. drawn: the section `sample`, by which the samples were drawn.
         unet: on the device of `diffusion`.
         variants: models with other averages of the weights, by their widths; on the same device.
         samples: uint8 (N, H, W, C).
@@ -60,7 +60,7 @@ class Subject:
     store: Store
 
     def held_out(self, count: int | None) -> HeldOut:
-        """That many held-out images, evenly spaced; with labels for a class-conditional model."""
+        """`count` held-out images, evenly spaced; with labels for a class-conditional model; None: all."""
         images, labels = self.data.test
         rows = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).astype(int)
         return HeldOut(images[rows], labels[rows] if self.unet.config.classes else None, rows)
@@ -94,10 +94,10 @@ class Evaluation:
 
 
 def _check_fit(samples: np.ndarray, unet: UNet, info: Mapping[str, Any]) -> None:
-    """Compare the samples and the network with the data.
+    """Check that the samples and the network fit the data.
 
     Raises:
-        UserError: they are of images of another shape, or of other classes; or there are no samples.
+        UserError: their images have another shape or other classes than the data; or there are no samples.
     """
 
     def shown(shape: tuple[int, ...]) -> str:
@@ -177,7 +177,7 @@ def fidelity(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
         )
         others = (_drawn_distance(subject, features, settings).value for settings in further)
         found["_mean"] = estimates.mean(np.array([distance.value, *others]))
-    for width, model in subject.variants.items():  # the width in the settings gives what is kept another name
+    for width, model in subject.variants.items():  # kept batches are named by the settings, width included
         same = subject.drawn.model_copy(update={"ema_width": width, "count": len(subject.samples)})
         found[f"_ema_{width:g}"] = _drawn_distance(replace(subject, unet=model.unet), features, same)
     found = {f"frechet_distance{which}": estimate for which, estimate in found.items()}
@@ -237,7 +237,7 @@ def likelihood(subject: Subject) -> tuple[Values, Rows]:
 
 
 def cost_curve(subject: Subject, features: FeatureSets) -> tuple[Values, Rows]:
-    """How the distance falls with the network evaluations; where no curve is asked for, the samples' own point.
+    """The distance by network evaluations: the points of `evaluate.nfe_curve`, or without one the samples' own point.
 
     A distance that is not defined has no point.
     """

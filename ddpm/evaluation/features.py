@@ -30,7 +30,7 @@ class Extractor:
         name: `evaluate.features`.
         network: uint8 (B, 3, H, W) to floats (B, D); None for pixels.
         digest: sha256 of the file of its weights, or "none".
-        facts: what else its features follow from, by name.
+        facts: what else its features depend on, by name.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Extractor:
     ) -> np.ndarray:
         """Features of images: uint8 (N, H, W, C) to (N, D).
 
-        Those of pixels are the pixels themselves, uint8, with no copy made; those of a network are float32.
+        The features of pixels are the pixels themselves, uint8, not copied; those of a network are float32.
 
         Args:
-            device: that of the network.
+            device: the network's.
             store: runs the batches, under `name` and the weights; None: nothing is kept.
         """
         network = self.network
@@ -76,7 +76,7 @@ def open_extractor(settings: Evaluate, device: torch.device) -> Extractor:
     """The extractor of `evaluate.features`, with its weights, on the device.
 
     Raises:
-        UserError: the weights are not there and cannot be downloaded, or are those of something else.
+        UserError: the weights are missing and cannot be downloaded, or belong to another model.
     """
     path = fetch(settings.features, settings.weights)
     if path is None:
@@ -100,7 +100,7 @@ def open_extractor(settings: Evaluate, device: torch.device) -> Extractor:
 def _inception(path: Path, device: torch.device) -> Network:
     from torch_fidelity.utils import create_feature_extractor
 
-    torch.load(path, weights_only=True)  # torch-fidelity loads any pickle, which could run code: not past here
+    torch.load(path, weights_only=True)  # torch-fidelity unpickles anything: this refuses code first
     extractor = create_feature_extractor(
         "inception-v3-compat",
         ["2048"],
@@ -112,7 +112,7 @@ def _inception(path: Path, device: torch.device) -> Network:
 
 
 def _timm(name: str, path: Path, size: int | None, device: torch.device) -> tuple[Network, dict[str, Any]]:
-    """A model of timm without its classifier, and what its features follow from.
+    """A model of timm without its classifier, and what its features depend on.
 
     The whole image is resized to what the model takes, as uint8, and normalised as in its training.
     """
@@ -126,7 +126,7 @@ def _timm(name: str, path: Path, size: int | None, device: torch.device) -> tupl
     options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(path), "custom_load": False}}
     if fixed and size is not None:
         options["img_size"] = size
-    model: Any = timm.create_model(name, pretrained=True, **options)  # with its classifier: then every name must fit
+    model: Any = timm.create_model(name, pretrained=True, **options)  # with its classifier: every name must fit
     model.reset_classifier(0)
     model.eval().requires_grad_(False).to(device)
     config = resolve_model_data_config(model)
@@ -139,5 +139,5 @@ def _timm(name: str, path: Path, size: int | None, device: torch.device) -> tupl
 
     width = network(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)).shape
     if len(width) != 2:
-        raise ValueError(f"it gives features of {tuple(width)}, not one vector per image")
+        raise ValueError(f"the model gives features of {tuple(width)}, not one vector per image")
     return network, {"timm": timm.__version__, "size": side, "interpolation": mode.value}

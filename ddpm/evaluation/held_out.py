@@ -24,8 +24,8 @@ class HeldOut:
     Attributes:
         images: uint8 (N, H, W, C).
         labels: int64 (N,) for a class-conditional network, else None.
-        numbers: the place of each image in its data set, (N,), from which its draws follow, and from nothing else;
-            None for 0 ... N-1.
+        numbers: the index of each image in its data set, (N,): its random draws depend on this alone; None for
+            0 ... N-1.
     """
 
     images: np.ndarray
@@ -35,7 +35,7 @@ class HeldOut:
     def given(
         self, model: Callable[..., Tensor], rows: slice | np.ndarray, device: torch.device
     ) -> tuple[Model, Tensor]:
-        """The network given the labels of these rows, and the images, float32 (B, C, H, W) in [-1, 1]."""
+        """The network with the labels of these rows bound, and their images, float32 (B, C, H, W) in [-1, 1]."""
         labels = None if self.labels is None else torch.from_numpy(np.array(self.labels[rows])).to(device)
         return conditioned(model, labels), to_model_range(as_tensor(self.images[rows]).to(device))
 
@@ -58,7 +58,7 @@ def held_out_loss(
     """The mean of `image_losses` over the images.
 
     Returns:
-        The mean simple loss of each range, from clean to noisy; their mean is the loss over uniform timesteps. And the
+        The mean simple loss of each range, from clean to noisy; their mean is the loss over uniform timesteps. Then the
         same for the bound's part of the objective, or None where no variance is learned.
     """
     losses = image_losses(model, diffusion, held_out, bins=bins, batch_size=batch_size, seed=seed, store=store)
@@ -96,7 +96,7 @@ def image_losses(
         draws = held_out.generators(seed, "held-out", rows)
         parts = np.zeros((2 if diffusion.config.learn_variance else 1, len(x0), bins))
         for i in range(bins):
-            u = (i + np.array([draw.random() for draw in draws])) / bins  # 1 by rounding, about never
+            u = (i + np.array([draw.random() for draw in draws])) / bins  # rounding almost never gives 1
             steps = np.minimum(u * diffusion.timesteps, diffusion.timesteps - 1).astype(np.int64)
             t, noise = torch.from_numpy(steps).to(device), normal(draws, x0.shape[1:], device)
             losses = diffusion.losses(given, x0, t, noise)
@@ -122,9 +122,11 @@ def variational_bound(
     seed: int,
     store: Store | None = None,
 ) -> Bound:
-    """Every term of the bound on every image (of a class-conditional network, given its class): T network evaluations
-    per image, of several timesteps at once where a batch is larger than the images. Arguments as for `held_out_loss`;
-    variance as for `bound_sums`."""
+    """Every term of the bound on every image (given its class, if the network is class-conditional): T network
+    evaluations per image, several timesteps at once where a batch has room for more than all images.
+
+    Arguments as for `held_out_loss`; variance as for `bound_sums`.
+    """
     count, steps = len(held_out.images), diffusion.timesteps
 
     def one_batch(rows: slice) -> np.ndarray:

@@ -22,10 +22,10 @@ COPY = 1 / 3  # nearer than this share of the distance to the second nearest
 
 
 class Nearest(NamedTuple):
-    """Of each query, the nearest point and the second nearest.
+    """The nearest and the second nearest point of each query.
 
     Attributes:
-        place: of the nearest among the points, int64 (N,).
+        place: the index of the nearest point, int64 (N,).
         first, second: the Euclidean distances, float64 (N,); second is NaN where all points are the same.
     """
 
@@ -41,7 +41,7 @@ class Nearest(NamedTuple):
 def nearest(queries: np.ndarray, points: np.ndarray, device: torch.device = CPU) -> Nearest:
     """The nearest of the points (M, D) to each query (N, D), and the distance to the nearest different point.
 
-    Of points that are the same, the first counts alone: a copy of a training image that is there twice is one, too.
+    Of identical points only the first counts, so that a copy of a training image that occurs twice counts as a copy.
     Distances are recomputed from the difference, so that a copy is at distance 0.
     """
     repeated = _repeated(points)
@@ -70,7 +70,7 @@ def _repeated(points: np.ndarray) -> np.ndarray:
 
 
 def _two_nearest(queries: np.ndarray, points: np.ndarray, norms: Tensor, device: torch.device) -> Tensor:
-    """The indices of the two nearest points, int64 (N, 2); of several at one distance, the first."""
+    """The indices of the two nearest points, int64 (N, 2); of several at the same distance, the first."""
     least = torch.full((len(queries), 2), math.inf, dtype=torch.float64, device=device)
     index = torch.zeros(len(queries), 2, dtype=torch.int64, device=device)
     for start in range(0, len(points), POINTS):
@@ -97,8 +97,8 @@ def memorisation_ratio(samples: Nearest, held_out: Nearest) -> Estimate:
     """How near the samples come to the training images, relative to how near new real images come.
 
     About 1: a sample is as far from the training set as a real image that was not trained on; well below, towards 0:
-    samples are copies, or nearly; above 1: samples lie farther off than real images do, as blurred or broken ones.
-    A median: a few copies among many samples do not show here, but in `copies`.
+    samples are copies, or nearly; above 1: samples lie farther off than real images do, as blurred or broken images do.
+    The ratio is of medians: a few copies among many samples show in `copies` only.
     NaN where half of the held-out images are themselves in the training set.
     """
     return estimates.ratio(estimates.median(samples.first), estimates.median(held_out.first))

@@ -1,6 +1,6 @@
-"""What follows from the distances of all pairs of images: kernel distance, precision, recall, density and coverage.
+"""Numbers from the distances of all pairs of images: kernel distance, precision, recall, density and coverage.
 
-Features as in `ddpm.evaluation.blocks`. Each pair is looked at once, in blocks of bounded memory.
+Features as in `ddpm.evaluation.blocks`. Each pair is computed once, in blocks of bounded memory.
 """
 
 import math
@@ -18,12 +18,12 @@ from ddpm.evaluation.estimates import UNDEFINED, Estimate
 from ddpm.runtime.progress import Progress
 
 SUBSETS = 30  # of three quarters of the samples, for the errors of recall and coverage
-SPARE = 12  # neighbours beyond twice k that are kept: k of them are in a subset, but once in ten million times
+SPARE = 12  # neighbours kept beyond twice k: a subset holds k of them, but for one case in ten million
 
 
 @dataclass(frozen=True)
 class Real:
-    """The real images by themselves.
+    """The neighbourhoods and the kernel of the real images.
 
     Attributes:
         features: (M, D).
@@ -41,7 +41,7 @@ class Real:
 
     @classmethod
     def unpacked(cls, features: np.ndarray, packed: np.ndarray, device: torch.device = CPU) -> "Real":
-        """The same again, without what it took to compute."""
+        """Restore what `packed` returned, without recomputing it."""
         return cls(features, torch.from_numpy(np.array(packed[:-1])).to(device), float(packed[-1]))
 
 
@@ -53,8 +53,8 @@ class _Pairs:
         self._norms = [square_norms(features, device) for features in (a, b)]
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Of these rows of a and all of b: the squared distances and the cubic kernels (Binkowski et al. 2018),
-        float64 (rows, M) each."""
+        """The squared distances and the cubic kernels (Binkowski et al. 2018) of these rows of a with all of b, float64
+        (rows, M) each."""
         inner = products(self.a[rows], self.b, self.device)
         kernels = (inner / (self.a.shape[1] * unit(self.a) ** 2)).add_(1).pow_(3)
         squares = inner.mul_(-2).add_(self._norms[0][rows, None]).add_(self._norms[1])  # in place: a block is large
@@ -62,7 +62,7 @@ class _Pairs:
 
 
 def _own_kernel(kernels: Tensor, rows: slice) -> Tensor:
-    """The mean kernel of each of these rows with the others of its set; kernels are those with the whole set."""
+    """The mean kernel of each of these rows with the others of its set, from the kernels with the whole set."""
     index = torch.arange(len(kernels), device=kernels.device)
     return (kernels.sum(1) - kernels[index, index + rows.start]) / (kernels.shape[1] - 1)
 
@@ -85,14 +85,14 @@ def real_pairs(features: np.ndarray, neighbours: int, device: torch.device = CPU
 def compare(
     samples: np.ndarray, real: Real, neighbours: int, seed: int, device: torch.device = CPU
 ) -> dict[str, Estimate]:
-    """Samples, features (N, D), beside real images, by their names: each NaN where a set is too small for it.
+    """Compare samples, features (N, D), with real images: each number by its name, NaN where a set is too small.
 
     kid: the kernel distance (Binkowski et al. 2018) over all pairs, unbiased: the mean of its estimates from subsets
         has the same expectation and a larger error. Its error by the infinitesimal jackknife.
-    precision, density: the share of samples within the ball of a real image that reaches to its k-th neighbour
-        (Kynkaanniemi et al. 2019), and the balls around a sample in units of k (Naeem et al. 2020).
-    recall, coverage: the share of real images within the ball of a sample, and of those whose ball holds a sample.
-        Their errors are the spread over subsets of three quarters of the samples.
+    precision: the share of samples within the ball of a real image, which reaches to its k-th neighbour (Kynkaanniemi
+        et al. 2019). density: the mean number of such balls around a sample, divided by k (Naeem et al. 2020).
+    recall: the share of real images within the ball of a sample. coverage: the share of real images whose ball holds
+        a sample. The errors of both are the spread over subsets of three quarters of the samples.
     """
     count, points = len(samples), len(real.features)
     keep = _subsets(count, seed).to(device)
@@ -131,7 +131,7 @@ def compare(
 
 
 def _subsets(count: int, seed: int) -> Tensor:
-    """Which samples are in a set, bool (1 + SUBSETS, N): all of them first, then random three quarters."""
+    """Which samples are in each subset, bool (1 + SUBSETS, N): first all of them, then random three quarters."""
     keep = np.ones((1 + SUBSETS, count), dtype=bool)
     for i in range(SUBSETS):
         keep[1 + i, generator(seed, "three quarters", i).permutation(count)[: count // 4]] = False
@@ -139,11 +139,11 @@ def _subsets(count: int, seed: int) -> Tensor:
 
 
 def _sample_balls(samples: np.ndarray, neighbours: int, keep: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The balls of the samples in each set of `keep`, and the mean kernel of each sample with the others, (N,).
+    """The balls of the samples in each subset of `keep`, and the mean kernel of each sample with the others, (N,).
 
     Returns:
-        The squared radius of each sample in each set, float64 (1 + SUBSETS, N): NaN for one that is not in it, or that
-        has no k-th neighbour in it; and the kernels, NaN for a single sample.
+        The squared radius of each sample in each subset, float64 (1 + SUBSETS, N), NaN where the subset lacks the
+        sample or its k-th neighbour; and the kernels, NaN for a single sample.
     """
     count, pairs = len(samples), _Pairs(samples, samples, device)
     most = min(count, 2 * neighbours + SPARE)
@@ -169,7 +169,7 @@ def _sample_balls(samples: np.ndarray, neighbours: int, keep: Tensor, device: to
 def _spread(found: Tensor, keep: Tensor) -> Estimate:
     """The share of True in the first row, bool (1 + SUBSETS, M), and its error from the subsets' rows.
 
-    The variance of subsets of n among N is that of a new draw, but for the factor (N - n) / n of what they share.
+    The variance over subsets of n among N is that of new draws times (N - n) / n, since subsets overlap.
     """
     shares, count, part = found.double().mean(1).cpu().numpy(), keep.shape[1], int(keep[-1].sum())
     error = float(np.std(shares[1:], ddof=1)) * math.sqrt(part / (count - part)) if part < count else math.nan

@@ -1,4 +1,4 @@
-"""The features of samples and of real images, and what is computed of each set once."""
+"""The features of samples and of real images, and what is computed once per set."""
 
 import os
 from collections.abc import Callable
@@ -21,9 +21,9 @@ REAL = ("train", "test", "all")
 
 
 def chosen_rows(train: int, test: int, reference: str, limit: int | None) -> dict[str, np.ndarray]:
-    """Which of so many images of the splits are compared with samples: at most `limit` of the reference, evenly spaced.
+    """The rows of the splits that are compared with samples: at most `limit` of the reference, evenly spaced.
 
-    Where the reference is one of the splits, the other has at most as many.
+    `train` and `test` are the numbers of images. Where the reference is one split, the other also has at most `limit`.
     """
     if reference == "all":
         total = train + test
@@ -37,7 +37,7 @@ def _spaced(count: int, limit: int | None) -> np.ndarray:
 
 
 def _hardware(device: torch.device) -> str | None:
-    """What the last bits of a result depend on."""
+    """The processor, on which the last bits of a result depend."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else os.environ.get("ATEN_CPU_CAPABILITY")
 
 
@@ -46,8 +46,8 @@ class FeatureSets:
 
     Attributes:
         reference: the name of the set that samples are compared with: train, test or all.
-        extractor: what made them.
-        rows: which images of the splits train and test they are.
+        extractor: it computed the features.
+        rows: the images of the splits train and test that they belong to.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class FeatureSets:
         return self._cache.array(self._facts | {"set": name, "what": what} | more, compute)
 
     def extract(self, images: np.ndarray, name: str) -> np.ndarray:
-        """The features of images, uint8 (N, H, W, C), as (N, D); `name` is that of the set."""
+        """The features of images, uint8 (N, H, W, C), as (N, D); `name` names the set."""
         return self.extractor(images, self._settings.batch_size, self.device, self._store, name)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -102,7 +102,7 @@ class FeatureSets:
         return self._normals[name]
 
     def frechet(self, a: str, b: str) -> Estimate:
-        """The Fréchet distance between two sets, with the error of another draw of the first."""
+        """The Fréchet distance between two sets; its error is for another draw of the first."""
         if (a, b) not in self._distances:
             self._distances[a, b] = distances.frechet_distance(self.normal(a), self.normal(b))
         return self._distances[a, b]

@@ -1,11 +1,15 @@
 """Device, numerical exactness, and the kernels of a training."""
 
+import os
 import resource
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +18,7 @@ from ddpm.config.schema import Runtime, Train
 from ddpm.errors import UserError
 from ddpm.runtime import gpus, processes
 
+NO_MEMORY = ("allocate memory", "ALLOC_FAILED", "out of memory")  # of the CPU; of cuBLAS and cuDNN; of CUDA and NCCL
 COMPILE_FROM = 10_000  # steps: what a compiled step saves has then paid for the minute or two of compiling
 
 
@@ -60,7 +65,7 @@ def memory_format(runtime: Runtime, device: torch.device) -> torch.memory_format
 class Kernels:
     """What a training computes with; see `choose_kernels`."""
 
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     memory_format: torch.memory_format
     compile: bool
 
@@ -69,20 +74,48 @@ def choose_kernels(train: Train, runtime: Runtime, device: torch.device, steps: 
     """Resolve every `auto` for a training of `steps` steps, and print the result.
 
     Where the bytes have to be reproducible, auto takes nothing whose result depends on the machine.
+
+    Raises:
+        UserError: `compile: true`, and this machine cannot compile.
     """
     auto, cuda = not runtime.reproducible, device.type == "cuda"
-    precision, form, compiled = train.precision, memory_format(runtime, device), train.compile
+    precision, form = train.precision, memory_format(runtime, device)
     if precision == "auto":
         # not on a CPU: a network of 32 channels is several times slower in bf16 there, even where the hardware has it
         has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if auto and has_bf16 else "fp32"
+        precision = "fp32" if not (auto and cuda) else "bf16" if has_bf16 else "fp16"
     if train.channels_last != "auto":
         form = torch.channels_last if train.channels_last else torch.contiguous_format
-    if compiled == "auto":
-        compiled = auto and cuda and steps >= COMPILE_FROM and shutil.which("cc") is not None
+    compiled = train.compile is True or (train.compile == "auto" and auto and cuda and steps >= COMPILE_FROM)
+    if compiled and (fault := compile_fault(device)):
+        if train.compile != "auto":
+            raise UserError(f"params.yaml: train.compile = true: {fault}; or set it to false")
+        print(f"train.compile = auto: not compiled: {fault}", flush=True)
+        compiled = False
     chosen = [precision, "channels last" if form == torch.channels_last else "channels first"]
     print(f"training in {', '.join(chosen)}, {'' if compiled else 'not '}compiled", flush=True)
     return Kernels(precision, form, compiled)
+
+
+def compile_fault(device: torch.device) -> str | None:
+    """Why torch.compile would stop at the first step on this machine, and what would help; None: it has what it needs.
+
+    On a GPU it needs what Triton does: a C compiler, Python's headers and tensor cores; on a CPU a C++ compiler.
+    """
+    cuda = device.type == "cuda"
+    variable, known = ("CC", ("gcc", "clang")) if cuda else ("CXX", ("g++",))  # the names that are looked for
+    asked = os.environ.get(variable)
+    headers = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
+    if cuda and find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if cuda and torch.cuda.get_device_capability(device) < (7, 0):
+        return "Triton needs a GPU of compute capability 7.0 or above"
+    if not any(map(shutil.which, [asked] if asked else known)):
+        where = f"{variable} = {asked!r} is no program" if asked else f"{' or '.join(known)} is needed, and not there"
+        return f"{where}; apt-get install {'gcc' if cuda else 'g++'}"
+    if not headers.exists():
+        return f"{headers} is needed, and not there; apt-get install python3-dev, or use uv's or conda's Python"
+    return None
 
 
 @contextmanager
@@ -94,8 +127,9 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # only for CUDA has torch a more specific class
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch has a more specific class, for some of CUDA's alone
+        specific = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not specific and not any(words in str(error) for words in NO_MEMORY):
             raise
         raise UserError(f"out of memory: {advice}") from None
 

@@ -48,7 +48,14 @@ def launch(runtime: "Runtime") -> None:
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # faults are reported below, in one line
-    count = runtime.processes or max(1, torch.cuda.device_count())
+    gpus_here = torch.cuda.device_count()
+    count = runtime.processes or max(1, gpus_here)
+    if runtime.device != "cpu" and 0 < gpus_here < count:
+        print(
+            f"runtime.processes = {count}: more than the GPUs of this machine, {gpus_here}, so processes share them, "
+            "which is slower than one process per GPU",
+            flush=True,
+        )
     if runtime.device != "cpu" and (places := gpus.take(gpus.names(), count)):
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.visible(places, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threads = runtime.threads or max(1, (os.cpu_count() or 1) // count)
@@ -76,7 +83,7 @@ def as_worker() -> Iterator[None]:
     """Work as one of the processes that torchrun has started. Only rank 0 prints, except errors.
 
     Raises:
-        UserError: the connection to another process is lost.
+        UserError: the connection to another process is lost, or NCCL has failed.
     """
     silent = os.environ["RANK"] != "0"
     if silent:
@@ -88,16 +95,21 @@ def as_worker() -> Iterator[None]:
     except RuntimeError as error:  # gloo raises no more specific class
         if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
             raise
-        raise UserError(f"process {os.environ['RANK']}: another process of the run has ended") from None
+        if "NCCL" in str(error):
+            what = f"NCCL failed: {' '.join(str(error).split())[:300]}"
+        else:
+            what = "another process of the run has ended"
+        raise UserError(f"process {os.environ['RANK']}: {what}; run the same command to resume") from None
 
 
 def join() -> None:
-    """Connect to the other processes that torchrun has started."""
+    """Connect to torchrun's other processes: on GPUs by NCCL where each process has one of its own, else by gloo."""
     global _joined
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    gpu_each = int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()  # NCCL refuses two on one
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=TIMEOUT)
     _joined = True
 
 

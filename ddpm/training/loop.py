@@ -18,6 +18,7 @@ from ddpm.core.pixels import to_model_range, to_pixels
 from ddpm.core.unet import UNet
 from ddpm.data.batches import batches, worker_faults
 from ddpm.data.prepared import Images
+from ddpm.errors import UserError
 from ddpm.pictures import grid
 from ddpm.runtime import processes
 from ddpm.runtime.device import explain_out_of_memory, peak_memory
@@ -34,10 +35,22 @@ PREVIEW_IMAGES = 36  # images in each grid of a training
 PREVIEW_STEPS = 25  # DDIM steps of a preview: the more there are, the less time is left to train
 MOST_TIMES = 250  # previews of a training, so that a long one on a small folder does not fill the disk
 PREVIEW_SHARE, HELD_OUT_SHARE = 0.25, 0.05  # of the time of the training, at most
-MEMORY_ADVICE = (
-    "raise train.accumulation (the same result in smaller parts), set train.activation_checkpointing=true or "
-    "train.precision=bf16, or lower train.batch_size or model.base_channels"
-)
+
+
+def memory_advice(train: Train) -> str:
+    """The settings to change where memory runs out: first the least train.accumulation that halves what a step holds,
+    with the same result to rounding, where the batch can be divided further."""
+    images, now = train.batch_size // processes.size(), train.accumulation
+    parts = [k for k in range(now + 1, images + 1) if images % k == 0]
+    advice = []
+    if parts:
+        more = next((k for k in parts if k >= 2 * now), parts[-1])
+        advice.append(f"set train.accumulation={more} (the same step in parts of {images // more} images)")
+    if not train.activation_checkpointing:
+        advice.append("set train.activation_checkpointing=true")
+    if train.precision in ("auto", "fp32"):
+        advice.append("set train.precision=bf16 (fp16 on a GPU without bf16)")
+    return ", ".join([*advice, "lower train.batch_size or model.base_channels"])
 
 
 def epochs_between(asked: int, evaluations: int, share: float, epoch: int, whole: int) -> int:
@@ -141,6 +154,7 @@ class Training:
             "averages": nn.ModuleList(average.model for average in self.averages),
             "optimizer": setup.optimizer,
             "schedule": setup.schedule,
+            "scaler": setup.scaler,
         }
         self.preview_every = self._every("preview_every_epochs", PREVIEW_IMAGES * PREVIEW_STEPS, PREVIEW_SHARE)
         self.held_out_every = self._every("held_out_every_epochs", DRAWS, HELD_OUT_SHARE)
@@ -156,7 +170,7 @@ class Training:
         self.log_inputs()
         with (
             signals_deferred() as signals,
-            explain_out_of_memory(MEMORY_ADVICE),
+            explain_out_of_memory(memory_advice(self.train)),
             worker_faults(self.train.workers),
             closing(self.batches()) as steps,
             self.progress() as bar,
@@ -185,7 +199,8 @@ class Training:
             self.window.refill(saved["window"])
             self.best = saved["best"] and Best(*saved["best"])
             for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
+                if saved[name]:  # precision: auto may have taken one without a scaler, on another GPU
+                    part.load_state_dict(saved[name])
             print(f"resuming at step {self.start} of {self.setup.total}", flush=True)
         for step, metrics in self.history:
             self.tracker.log(step, metrics)
@@ -229,12 +244,27 @@ class Training:
         Raises:
             UserError: the training diverged.
         """
-        metrics = self.window.take(self.step - 1) | {"learning_rate": self.rate}
+        metrics = self.window.take(self.step - 1) | {"learning_rate": self.rate} | self.loss_scale()
         self.history.append((self.step, metrics))
         speed = self.train.log_every_steps * self.train.batch_size / self.clock.since_log()
         machine = {"images_per_second": speed, "peak_memory_gib": peak_memory(self.setup.device)}
         self.tracker.log(self.step, metrics, machine)
         bar.set_postfix(step=self.step, loss=f"{metrics['loss']:.4f}", refresh=False)
+
+    def loss_scale(self) -> dict[str, float]:
+        """The scale of the loss after the last step, in fp16 alone.
+
+        Raises:
+            UserError: it has fallen so far that it is not the scale that makes the gradients overflow.
+        """
+        if not self.setup.scaler.is_enabled():
+            return {}
+        if (scale := self.setup.scaler.get_scale()) < 1:
+            raise UserError(
+                f"training diverged: the gradient overflows fp16 at step {self.step - 1} and before, at a loss scale "
+                f"of {2 * scale:g}; lower optimizer.lr, or set train.precision=fp32"
+            )
+        return {"loss_scale": scale}
 
     def at_held_out_point(self) -> bool:
         """As `at_preview`, by its own setting, and at the end of the training."""

@@ -1,6 +1,7 @@
 """What a training starts from, out of the parameters: network, weights, optimizer, learning-rate schedule, kernels."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ class Setup:
     Attributes:
         model: on the device, in training mode, with its initial weights.
         network: the module to call: the model, or its compiled or DDP wrapper.
+        scaler: of the loss in fp16, whose smallest gradients would vanish; disabled in other precisions.
         timesteps: draws the timesteps of training images.
         total: optimizer steps. per_epoch: optimizer steps per epoch.
     """
@@ -42,6 +44,7 @@ class Setup:
     diffusion: GaussianDiffusion
     timesteps: Timesteps
     optimizer: Optimizer
+    scaler: torch.amp.GradScaler
     schedule: LRScheduler
     kernels: Kernels
     device: torch.device
@@ -103,6 +106,7 @@ def set_up(params: Params, design: Design, device: torch.device, images: int) ->
         diffusion=diffusion,
         timesteps=Timesteps(shares, device),
         optimizer=optimizer,
+        scaler=_scaler(optimizer, kernels, device),
         schedule=make_lr_schedule(params.lr_schedule, optimizer, p.warmup_steps, total),
         kernels=kernels,
         device=device,
@@ -193,6 +197,20 @@ def _check_batch(train: Train, images: int) -> None:
         )
     if train.batch_size > images:
         print(f"train.batch_size = {train.batch_size}: more than the {images} images, so each step repeats some")
+
+
+def _scaler(optimizer: Optimizer, kernels: Kernels, device: torch.device) -> torch.amp.GradScaler:
+    """The scaler of the loss (Micikevicius et al. 2018, arXiv 1710.03740), which skips steps that overflow.
+
+    Gradients are averaged over the processes before it looks at them, so it has the same scale in all of them.
+    """
+    if kernels.precision == "fp16":
+        # of an optimizer whose first step is skipped; the schedule counts that step on purpose
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+        if isinstance(optimizer, torch.optim.SGD):
+            # its fused kernel would allocate the momentum in a skipped first step and leave it uninitialised
+            optimizer._step_supports_amp_scaling = False
+    return torch.amp.GradScaler(device.type, enabled=kernels.precision == "fp16")
 
 
 def _wrapped(model: UNet, kernels: Kernels) -> nn.Module:

@@ -1,9 +1,9 @@
 """One optimizer step: the only lines that change a weight."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm.config.schema import Train
@@ -12,12 +12,17 @@ from ddpm.core.samplers import conditioned
 from ddpm.training.draws import coupled, draw
 from ddpm.training.setup import Setup
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def optimizer_step(setup: Setup, train: Train, images: Tensor, labels: Tensor, step: int) -> Tensor:
     """Change the weights once, by the gradient of one batch; return the values of the curves (n,), on the device.
 
     These are the simple loss, the bound's part of the objective where the variance is learned, and the gradient's norm
     before clipping.
+
+    In fp16 a step whose scaled gradient overflows changes neither the weights nor the optimizer, and its norm is
+    returned as 0. It counts as a step all the same: learning rate and averages follow from the step's number alone.
 
     Args:
         images: this process's share of the step's images (b, C, H, W), uint8 or float32 in [0, 1].
@@ -36,9 +41,13 @@ def optimizer_step(setup: Setup, train: Train, images: Tensor, labels: Tensor, s
         given = given.masked_fill(draws.hidden, config.no_label)  # type: ignore[arg-type]
     setup.optimizer.zero_grad(set_to_none=True)
     losses = _backward(setup, train, (x0, draws.t, noise), given)
-    norm = torch.nn.utils.clip_grad_norm_(setup.model.parameters(), train.grad_clip or float("inf"))
-    setup.optimizer.step()
-    return torch.cat([losses, norm.detach().view(1)])
+    setup.scaler.unscale_(setup.optimizer)  # the limit of the norm is that of the gradient itself
+    norm = torch.nn.utils.clip_grad_norm_(setup.model.parameters(), train.grad_clip or float("inf")).detach().view(1)
+    setup.scaler.step(setup.optimizer)
+    setup.scaler.update()
+    if setup.scaler.is_enabled():
+        norm = torch.where(norm.isfinite(), norm, 0.0)
+    return torch.cat([losses, norm])
 
 
 def _backward(setup: Setup, train: Train, batch: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
@@ -49,11 +58,18 @@ def _backward(setup: Setup, train: Train, batch: tuple[Tensor, ...], labels: Ten
         predict = conditioned(network, None if labels is None else labels[rows])
         last = part == train.accumulation - 1
         # processes exchange gradients once per step
-        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
-            with torch.autocast(setup.device.type, dtype=torch.bfloat16, enabled=setup.kernels.precision == "bf16"):
+        with nullcontext() if last else _apart(network):
+            precision = AUTOCAST.get(setup.kernels.precision)
+            with torch.autocast(setup.device.type, dtype=precision, enabled=precision is not None):
                 x0, t, noise = (values[rows] for values in batch)
                 losses = setup.diffusion.losses(predict, x0, t, noise, train.weighting)
-            (losses.objective.mean() / train.accumulation).backward()
+            setup.scaler.scale(losses.objective.mean() / train.accumulation).backward()
         curves = [losses.simple] if losses.bound is None else [losses.simple, losses.bound]
         totals = totals + torch.stack([values.detach().mean() / train.accumulation for values in curves])
     return totals
+
+
+def _apart(network: nn.Module) -> AbstractContextManager[None]:
+    """In this context a process keeps its gradients to itself."""
+    inner = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
+    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()

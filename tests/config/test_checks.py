@@ -1,4 +1,4 @@
-"""Faults that a setting shows beside others, files or the data: one line each, in the first stage that runs."""
+"""Faults of a setting given other settings, files or the data: one line each, in the first stage that runs."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def faults(*overrides, **changes):
         ),
     ],
 )
-def test_what_needs_no_data_is_refused_by_every_stage(overrides, line, monkeypatch):
+def test_every_stage_refuses_faults_that_need_no_data(overrides, line, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as caught:
         check(composed(*overrides))
@@ -47,13 +47,13 @@ def test_what_needs_no_data_is_refused_by_every_stage(overrides, line, monkeypat
     assert len(str(caught.value).split("\n")) == 1
 
 
-def test_what_is_there_and_what_fits_is_allowed(tmp_path):
+def test_existing_files_and_fitting_settings_are_allowed(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet/config.json").touch()
     (tmp_path / "weights.pth").write_bytes(b"PK")
     check(composed("evaluate=inception", f"evaluate.weights={tmp_path}/weights.pth"))
     check(composed(f"train.init_from={tmp_path}"))
-    check(composed(f"train.init_from={tmp_path}/unet"))  # flat, as the first models for diffusers are
+    check(composed(f"train.init_from={tmp_path}/unet"))  # flat, like the first models for diffusers
     check(composed("train.steps=100"))
     check(composed("runtime.launcher=torchrun", "runtime.processes=2", "train.accumulation=2"))
     check_data(check(composed(*EPOCHS, "train.warmup_steps=4")), INFO)
@@ -64,11 +64,11 @@ def test_what_is_there_and_what_fits_is_allowed(tmp_path):
 def test_a_warm_up_longer_than_the_epochs_is_refused():
     line = "params.yaml: train.warmup_steps = 5: longer than the training: train.epochs = 2 of 2 steps each; a tenth of"
     assert faults(*EPOCHS, "train.warmup_steps=5")[0].startswith(line)
-    small = {"counts": {"train": 5, "test": 1}}  # less than a batch: a step per epoch
+    small = {"counts": {"train": 5, "test": 1}}  # smaller than a batch: one step per epoch
     assert "train.epochs = 2 of 1 steps each" in faults(*EPOCHS, "train.warmup_steps=5", **small)[0]
 
 
-def test_all_faults_beside_the_data_are_reported_at_once():
+def test_all_faults_that_depend_on_data_are_reported_at_once():
     lines = faults(
         *EPOCHS,
         "train.warmup_steps=9",

@@ -28,12 +28,12 @@ def faults(shape, train, test, *overrides, memory=32 * GIB):
         ((256, 256, 3), 60_000, 10_000, ("evaluate=inception",)),
     ],
 )
-def test_what_can_be_measured_is_not_refused(shape, train, test, overrides):
+def test_a_feasible_evaluation_is_not_refused(shape, train, test, overrides):
     assert faults(shape, train, test, *overrides) == []
 
 
 @pytest.mark.parametrize("reference", ["train", "all"])
-def test_distances_that_would_not_end_are_refused_with_a_remedy(reference):
+def test_distances_that_take_too_long_are_refused_with_a_remedy(reference):
     [(path, message)] = faults((256, 256, 3), 60_000, 10_000, f"evaluate.reference={reference}")
     assert path == "evaluate.features"
     assert message.startswith("the distances between 2,000 samples and 70,000 images of 256x256x3 need about ")
@@ -42,9 +42,9 @@ def test_distances_that_would_not_end_are_refused_with_a_remedy(reference):
     assert "\n" not in message
 
 
-def test_too_little_memory_is_named_with_what_there_is():
+def test_too_little_memory_is_refused_with_the_available_amount():
     [(_, message)] = faults((64, 64, 3), 50_000, 1000, memory=4 * GIB)
-    assert "GiB of memory, and there are 4" in message
+    assert "GiB of memory, and this machine has 4" in message
 
 
 def test_the_estimate_grows_with_all_that_is_measured():
@@ -71,7 +71,7 @@ def test_a_smaller_reference_makes_a_large_set_measurable():
     assert faults(*large, "evaluate.reference_images=5000", "sample.count=5000") == []
 
 
-def test_the_costs_are_known_without_torch():
+def test_the_costs_are_estimated_without_torch():
     code = "import sys, ddpm.config.costs; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

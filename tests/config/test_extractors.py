@@ -1,4 +1,4 @@
-"""Which networks may be named, and their weights: what is wrong stops the first stage, in one line."""
+"""The networks that may be named, and their weights: a fault stops the first stage, in one line."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def weights(tmp_path):
         ("timm:../../x", "should be pixels, inception, or timm:<name> of a model of the library timm"),
     ],
 )
-def test_an_unknown_network_is_refused_with_those_that_are_known(features, line):
+def test_an_unknown_network_is_refused_with_the_known_ones(features, line):
     assert fault("evaluate=dinov2", f"evaluate.features={features}").endswith(
         f"evaluate.features = {features!r}: {line}"
     )
@@ -56,7 +56,7 @@ def test_with_a_file_the_name_of_its_weights_may_be_left_out(weights):
     )
 
 
-def test_every_weight_that_timm_lists_is_known():
+def test_all_weights_that_timm_lists_are_known():
     import timm
 
     names = timm.list_pretrained()
@@ -64,7 +64,7 @@ def test_every_weight_that_timm_lists_is_known():
     assert [name for name in names[::20] if extractors.name_fault(f"timm:{name}", None)] == []
 
 
-def test_without_timm_the_line_says_what_to_type(monkeypatch):
+def test_without_timm_the_error_names_the_command(monkeypatch):
     extractors._timm.cache_clear()
     monkeypatch.setattr(extractors, "find_spec", lambda name: None)
     try:
@@ -73,21 +73,21 @@ def test_without_timm_the_line_says_what_to_type(monkeypatch):
         extractors._timm.cache_clear()
 
 
-def test_weights_that_are_no_safetensors_are_refused(tmp_path, weights):
+def test_weights_that_are_not_safetensors_are_refused(tmp_path, weights):
     other = tmp_path / "model.bin"
     other.write_bytes(weights.read_bytes())
     for path, content in ((other, None), (weights, b""), (weights, HEADER), (weights, b"PK" + bytes(100))):
         if content is not None:
             path.write_bytes(content)
         line = fault(*TINY, f"evaluate.weights={path}")
-        assert "is no file of safetensors; give the file model.safetensors of huggingface.co/timm/test_vit.r160" in line
+        assert "is not a safetensors file; give the file model.safetensors of huggingface.co/timm/test_vit.r160" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"P"])
-def test_a_page_in_place_of_inceptions_weights_is_refused(tmp_path, content):
+def test_a_web_page_as_inceptions_weights_is_refused(tmp_path, content):
     (tmp_path / "weights.pth").write_bytes(content)
     line = fault("evaluate=inception", f"evaluate.weights={tmp_path}/weights.pth")
-    assert "is no file that torch has saved; give the file weights-inception-2015-12-05-6726825d.pth of" in line
+    assert "is not a file written by torch.save; give the file weights-inception-2015-12-05-6726825d.pth of" in line
 
 
 @pytest.mark.parametrize("choice", [TINY, ("evaluate=inception",)])
@@ -104,14 +104,14 @@ def test_without_network_and_weights_the_first_stage_stops(tmp_path, monkeypatch
     assert line.endswith("or use evaluate=pixels")
 
 
-def test_inception_is_the_file_that_torch_fidelity_loads():
+def test_inceptions_file_is_the_one_that_torch_fidelity_loads():
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     assert URL_INCEPTION_V3 == extractors.INCEPTION
 
 
-def test_a_download_that_is_not_what_was_asked_for_is_not_kept(tmp_path, monkeypatch):
+def test_a_download_with_a_wrong_checksum_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(extractors, "urlopen", lambda *address, **options: io.BytesIO(b"a page of a captive portal"))
-    assert "not the one that was asked for; give the file weights-inception" in fault("evaluate=inception")
+    assert "checksum of the downloaded file is wrong; give the file weights-inception" in fault("evaluate=inception")
     assert not list(tmp_path.rglob("*.*"))

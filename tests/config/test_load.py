@@ -40,7 +40,7 @@ def test_an_unknown_key_in_capitals_keeps_its_path():
     )
 
 
-def test_a_missing_key_says_how_to_get_it_back():
+def test_a_missing_key_is_reported_with_how_to_restore_it():
     assert only_fault(train__seed=DELETED) == (
         "params.yaml: train.seed: missing; add it, or compose the file again from conf/ (make params)"
     )
@@ -59,7 +59,7 @@ def test_the_pair_of_eps_that_adafactor_takes_is_allowed():
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "mnist", "fashion_mnist"])
-def test_a_folder_for_a_set_that_reads_none_is_refused(name):
+def test_a_folder_for_a_data_set_that_reads_none_is_refused(name):
     tree = composed(f"dataset={name}", "model=small", "dataset.path=/my/pictures")
     assert [line for line in faults(tree) if "image_size" not in line] == [
         f"params.yaml: dataset.path = '/my/pictures': is not read where dataset.name = {name!r}; "
@@ -102,7 +102,7 @@ def test_a_setting_that_a_choice_cannot_use_is_refused(path):
 
 
 @pytest.mark.parametrize(("path", "choice"), [(path, choice) for path in USED_BY for choice in USED_BY[path][1]])
-def test_a_setting_that_a_choice_uses_has_to_be_there(path, choice):
+def test_a_setting_that_a_choice_uses_must_be_given(path, choice):
     section, _, setting = path.partition(".")
     decisive, users = USED_BY[path]
     group = choice if section == "dataset" else "dinov2" if choice == "timm" else users[0]
@@ -115,14 +115,14 @@ def test_a_setting_that_a_choice_uses_has_to_be_there(path, choice):
     ]
 
 
-def test_eta_is_of_use_where_a_curve_draws_by_ddim():
+def test_eta_is_allowed_if_a_curve_samples_by_ddim():
     curve = "evaluate.nfe_curve=[{sampler: ddim, steps: [2]}]"
     check(composed("sample=ddpm", curve))
     assert check(composed("sample=ddpm", curve, "+sample.eta=0.5")).sample.eta == 0.5
     assert faults(composed("sample=ddpm", "+sample.eta=0.5"))
 
 
-def test_a_setting_left_out_has_the_value_that_it_had_in_its_group():
+def test_an_unused_setting_has_the_default_of_its_group():
     params = check(composed())
     assert (params.diffusion.beta_start, params.diffusion.beta_end) == (1e-4, 0.02)
     assert params.evaluate.weights is None
@@ -146,7 +146,7 @@ def test_a_removed_setting_is_answered_with_the_reason():
     )
 
 
-def test_a_path_with_a_tilde_is_refused_with_what_to_type():
+def test_a_path_with_a_tilde_is_refused_with_a_command():
     tree = composed("dataset=folder")
     tree["dataset"]["path"] = "~/pictures"
     assert faults(tree) == [
@@ -187,7 +187,7 @@ def test_a_schedule_whose_tables_fail_is_refused_before_any_work(schedule, times
     tree = changed(diffusion__timesteps=timesteps, diffusion__schedule=schedule, sample__steps=2)
     if schedule != "cosine":  # which has none
         tree["diffusion"] |= {"beta_start": betas[0], "beta_end": betas[1]}
-    tree["train"] |= {"noise_levels": "uniform", "noise_levels_width": None}  # others want one that crosses 0
+    tree["train"] |= {"noise_levels": "uniform", "noise_levels_width": None}  # the others need a log SNR that crosses 0
     try:
         GaussianDiffusion(DiffusionConfig(timesteps, schedule, "epsilon", *betas))
     except ValueError:
@@ -293,7 +293,7 @@ def test_classes_and_guidance_need_a_network_that_learns_them(changes, fault):
     assert all(fault in line for line in faults(changed(**changes)))
 
 
-def test_a_conditional_network_alone_learns_to_do_without_a_label():
+def test_only_a_conditional_network_learns_without_labels():
     assert check(changed(model__class_conditional=True, sample__guidance=2.0)).train.hidden_labels == 0.1
     assert check(changed(model__class_conditional=True, train__label_dropout=0)).train.hidden_labels == 0
 
@@ -332,26 +332,26 @@ def test_a_conditional_network_alone_learns_to_do_without_a_label():
         ({"evaluate__ema_widths": [0, 0]}, "evaluate.ema_widths = [0.0, 0.0]: names a width twice"),
         (
             {"evaluate__ema_widths": [0.03]},
-            "evaluate.ema_widths = [0.03]: 0.03 is none of train.ema_widths = [0.1, 0.0]",
+            "evaluate.ema_widths = [0.03]: 0.03 is not in train.ema_widths = [0.1, 0.0]",
         ),
         (
             {"evaluate__ema_widths": [0.1]},
-            "evaluate.ema_widths = [0.1]: 0.1 is that of the samples, which are measured",
+            "evaluate.ema_widths = [0.1]: 0.1 is the samples' width, which is measured",
         ),
         (
             {"evaluate__ema_widths": [0], "sample__ema_width": 0},
-            "evaluate.ema_widths = [0.0]: 0 is that of the samples",
+            "evaluate.ema_widths = [0.0]: 0 is the samples' width",
         ),
         ({"evaluate__ema_widths": [0.3]}, "evaluate.ema_widths.0 = 0.3: should be less than or equal to 0.28"),
         ({"train__held_out_every_epochs": 0}, "train.held_out_every_epochs = 0: should be greater than"),
     ],
 )
-def test_noise_levels_and_averages_that_cannot_be_are_refused(changes, fault):
+def test_impossible_noise_levels_and_averages_are_refused(changes, fault):
     (line,) = faults(changed(**changes))
     assert line.startswith(f"params.yaml: {fault}")
 
 
-def test_a_fault_stays_on_one_short_line_whatever_key_and_value_hold():
+def test_any_key_or_value_gives_a_fault_of_one_short_line():
     for tree in (changed(**{"train__a\nb\x1b[31m": "c\nd"}), changed(**{"optimizer__a\nb\u2028": [1] * 10_000})):
         (line,) = faults(tree)
         assert line.isprintable()
@@ -513,7 +513,7 @@ def holds(node, part):
 
 @settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(MUTATION, min_size=1, max_size=4))
-def test_whatever_the_tree_holds_it_is_valid_or_refused_line_by_line(mutations):
+def test_any_tree_is_valid_or_refused_line_by_line(mutations):
     tree = copy.deepcopy(DEFAULT)
     for mutation in mutations:
         mutate(tree, *copy.deepcopy(mutation))

@@ -1,4 +1,4 @@
-"""Every setting has bounds, and every choice and preset of conf/ keeps them."""
+"""Every setting has bounds, and every choice and preset of conf/ keeps within them."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_the_composed_default_is_valid(tree):
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_of_every_group_composes_to_valid_parameters(group, choice):
+def test_every_choice_of_every_group_gives_valid_parameters(group, choice):
     overrides = [f"+{group}={choice}" if group == "experiment" else f"{group}={choice}"]
     if (group, choice) == ("model", "paper"):
         overrides.append("dataset=cifar10")

@@ -101,7 +101,7 @@ BAD = {"_target_": "os.system", "command": "exit 1"}
         ({"_target_": f"{V2}.RandomApply", "transforms": [{"_target_": 3}]}, "here.transforms.0"),
     ],
 )
-def test_what_is_nested_is_refused_as_well(node, path):
+def test_nested_names_are_refused_as_well(node, path):
     (line,) = faults(node, TRANSFORM)
     assert line.startswith(path)
     with pytest.raises(ValueError, match="_target_"):
@@ -134,7 +134,7 @@ def test_all_faults_of_a_mapping_are_reported():
 
 
 @pytest.mark.parametrize("node", [None, 3, "torch.optim.Adam", [], {}, {"lr": 1}])
-def test_what_is_no_mapping_with_a_target_is_refused(node):
+def test_anything_but_a_mapping_with_a_target_is_refused(node):
     (line,) = faults(node, OPTIMIZER)
     assert line.endswith("needs a _target_, the path of a class in torch.optim")
 
@@ -223,7 +223,7 @@ def test_containers_hold_the_transforms_that_are_named_in_them(name):
 
 
 @pytest.mark.parametrize("dtype", targets.TORCH_DTYPES)
-def test_a_dtype_is_named_by_its_text(dtype):
+def test_a_dtype_may_be_given_as_text(dtype):
     built = build({"_target_": f"{V2}.ToDtype", "dtype": f"torch.{dtype}", "scale": True}, TRANSFORM)
     assert built.dtype is getattr(torch, dtype)
 
@@ -253,14 +253,14 @@ def test_a_refusal_of_the_constructor_names_the_target(node, kind, args):
     assert "\n" not in str(caught.value)
 
 
-def test_a_schedule_that_resumes_from_nowhere_is_refused_with_its_name():
+def test_a_schedule_that_starts_mid_way_is_refused_by_name():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     node = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "last_epoch": 5}
     with pytest.raises(ValueError, match=r"torch\.optim\.lr_scheduler\.StepLR: "):  # torch raises KeyError
         build(node, LR_SCHEDULER, optimizer)
 
 
-def test_a_library_that_is_not_installed_says_what_to_do():
+def test_a_missing_library_is_reported_with_what_to_do():
     with pytest.raises(ModuleNotFoundError, match="no_such_library is not installed: run make repro"):
         targets.allowed_names(targets.Kind("no_such_library.part", "Base", "", {}))
 

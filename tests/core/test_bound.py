@@ -31,7 +31,7 @@ def test_the_likelihoods_of_all_levels_sum_to_one():
     for mean in (-1.0, 0.1, 0.97):
         for log_scale in (-5.0, -2.0, 0.0):
             log_p = discretised_log_likelihood(levels, torch.tensor(mean), torch.tensor(log_scale))
-            # levels that are hopeless count 1e-12 each
+            # levels that are almost impossible count 1e-12 each
             assert log_p.exp().sum().item() == pytest.approx(1, abs=2e-4)
 
 

@@ -116,7 +116,7 @@ def test_the_hybrid_loss_moves_the_mean_by_the_simple_loss_alone():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_min_snr_weighs_the_error_of_x0_whatever_is_predicted(prediction):
-    """The same mistake in x_0 costs the same in each parametrisation: min(SNR, 5) times its square."""
+    """The same error in x_0 costs the same in each parametrisation: min(SNR, 5) times its square."""
     d = diffusion("cosine", prediction)
     g = torch.Generator().manual_seed(0)
     x0, noise = torch.rand(6, 1, 4, 4, generator=g) * 2 - 1, torch.randn(6, 1, 4, 4, generator=g)
@@ -143,7 +143,7 @@ def losses_of(config, weighting="simple"):
 
 
 @pytest.mark.parametrize("weighting", ["simple", "min_snr"])
-def test_the_simple_loss_does_not_follow_what_is_minimised(weighting):
+def test_the_simple_loss_does_not_depend_on_the_objective(weighting):
     plain = losses_of(DiffusionConfig(100, "cosine", "epsilon"))
     hybrid = losses_of(DiffusionConfig(100, "cosine", "epsilon", learn_variance=True), weighting)
     assert torch.equal(plain.objective, plain.simple)
@@ -178,6 +178,6 @@ def test_a_timestep_outside_of_the_tables_is_refused_everywhere(t):
         DiffusionConfig(1000, "linear", "epsilon", 1e-300, 0.02),
     ],
 )
-def test_a_schedule_that_floats_cannot_hold_is_refused(config):
+def test_a_schedule_that_floats_cannot_represent_is_refused(config):
     with pytest.raises(ValueError, match=r"timesteps = .*beta_start = .*alpha_bar runs from"):
         GaussianDiffusion(config)

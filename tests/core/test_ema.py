@@ -10,7 +10,7 @@ WIDTHS = [0.001, 0.012, 0.05, 0.1, 0.2, WIDEST]
 
 
 def weights_of_steps(width: float, steps: int) -> np.ndarray:
-    """How much each step weighs in the average: the network's weights are 1 after one step, and 0 after the others."""
+    """The weight of each step in the average: the network's weights are 1 after one step, and 0 after the others."""
     gamma, weights = exponent(width), np.empty(steps)
     kept = 1.0
     for step in reversed(range(steps)):
@@ -42,7 +42,7 @@ def test_a_width_that_no_power_gives_is_refused(width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_initial_weights_are_forgotten_and_the_steps_averaged(width):
+def test_the_average_forgets_the_initial_weights(width):
     model = UNet(small_unet().config)
     ema, steps = EMA(model, width), 12
     for step in range(steps):

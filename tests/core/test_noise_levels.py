@@ -44,7 +44,7 @@ def test_every_width_and_length_gives_shares(levels, width, timesteps):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timesteps", [2, 3, 10, 50, 1000])
-def test_the_parameters_are_refused_where_the_shares_are(schedule, timesteps):
+def test_parameters_are_refused_exactly_if_the_shares_are(schedule, timesteps):
     fine = crosses_zero(timesteps, schedule, 1e-4, 0.02)
     try:
         timestep_shares(alphas(schedule, timesteps), "normal", 2.0)

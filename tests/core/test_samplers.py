@@ -66,7 +66,7 @@ def exact_correlated(d: GaussianDiffusion):
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
-def test_more_steps_come_nearer_to_the_covariance_of_gaussian_data(name):
+def test_more_steps_approach_the_covariance_of_gaussian_data(name):
     d = GaussianDiffusion(DiffusionConfig(1000, "cosine", "epsilon"))
     g = torch.Generator().manual_seed(0)
     start = torch.randn(20_000, 2, generator=g)
@@ -86,7 +86,7 @@ def test_more_steps_come_nearer_to_the_covariance_of_gaussian_data(name):
 
 
 def one_step_of_diffusers(scheduler, output, t, x, draw, eta):
-    """diffusers' step with our noise in place of its own."""
+    """diffusers' step with our noise instead of its own."""
     if isinstance(scheduler, DDIMScheduler):
         noise = draw if eta > 0 else None
         return scheduler.step(output, t, x, use_clipped_model_output=True, variance_noise=noise, eta=eta).prev_sample
@@ -122,7 +122,7 @@ def test_every_step_equals_diffusers(name, steps, options, schedule, prediction)
         scheduler = DDPMScheduler(**common, beta_end=0.02, variance_type=options["variance"])
     else:
         scheduler = DDIMScheduler(**common, beta_end=0.02, set_alpha_to_one=True)
-    # diffusers keeps its tables in float32, where 1 - alpha_bar loses four digits at small t: give it ours
+    # diffusers keeps its tables in float32, where 1 - alpha_bar loses four digits at small t: replace them by ours
     scheduler.betas, scheduler.alphas_cumprod = torch.from_numpy(d.betas), torch.from_numpy(d.alphas_cumprod)
     scheduler.alphas, scheduler.one = 1 - scheduler.betas, torch.tensor(1.0, dtype=torch.float64)
     scheduler.final_alpha_cumprod = scheduler.one if name == "ddim" else None
@@ -147,13 +147,13 @@ def test_spacings_equal_diffusers(spacing):
     scheduler = DDIMScheduler(timestep_spacing={"linear": "linspace"}.get(spacing, spacing))
     for steps in range(1, 1001):
         scheduler.set_timesteps(steps)
-        theirs = scheduler.timesteps.tolist()  # trailing: at 62 numbers of steps with a timestep -1 at the end
+        theirs = scheduler.timesteps.tolist()  # trailing: for 62 numbers of steps, a timestep -1 is at the end
         assert samplers.timesteps(1000, steps, spacing) == theirs[:steps], steps
 
 
 @pytest.mark.parametrize("spacing", get_args(samplers.Spacing))
 def test_every_spacing_visits_distinct_timesteps_of_the_model(spacing):
-    """At every number of steps: index -1 would be the noisiest timestep, at the clean end of the path."""
+    """At every number of steps: index -1 would put the noisiest timestep at the clean end of the path."""
     for steps in range(1, 1001):
         path = samplers.timesteps(1000, steps, spacing)
         assert path == sorted(set(path), reverse=True)
@@ -189,7 +189,7 @@ def test_a_long_process_has_right_timesteps_as_well(spacing):
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_a_path_outside_of_the_tables_is_refused(name, path):
     d = GaussianDiffusion(DiffusionConfig(10, "linear", "epsilon"))
-    with pytest.raises(ValueError, match="a path must fall from below 10"):
+    with pytest.raises(ValueError, match="must fall from at most 9"):
         list(samplers.SAMPLERS[name](lambda x, t: x, d, torch.zeros(1, 1, 2, 2), path, lambda: torch.zeros(1)))
 
 
@@ -241,7 +241,7 @@ PETS = {"num_class_embeds": 3, "has_no_label": True}
 
 
 @pytest.mark.parametrize("out_channels", [1, 2])  # without and with a learned variance
-def test_guidance_leads_from_no_label_through_the_label_and_beyond(out_channels):
+def test_guidance_extrapolates_from_no_label_beyond_the_label(out_channels):
     unet = small_unet(**PETS, out_channels=out_channels)
     x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     labels = torch.tensor([0, 1, 1, 0])
@@ -286,7 +286,7 @@ def test_the_solver_is_of_second_order_and_ddim_of_first():
     model = exact_gaussian(d, mean, std)
 
     def error(sampler, steps):
-        # equal strides in log-SNR from t = 900 to t = 100, and one more step, which is not looked at
+        # equal strides in log-SNR from t = 900 to t = 100, and one more step, which is ignored
         log_snr = np.log(d.alphas_cumprod / (1 - d.alphas_cumprod)) / 2
         wanted = np.linspace(log_snr[900], log_snr[100], steps + 1)
         path = [int(np.abs(log_snr - value).argmin()) for value in wanted]

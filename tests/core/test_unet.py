@@ -23,13 +23,13 @@ def twin(config: UNetConfig) -> UNet2DModel:
     ).eval()
 
 
-PAPER = {  # its shape, at a sixteenth of its width
+PAPER = {  # the shape of the paper's network, at a sixteenth of its width
     "block_out_channels": (8, 16, 16, 16),
     "layers_per_block": 2,
     "attention": (False, True, False, False),
     "norm_num_groups": 4,
 }
-DIFFUSERS = {  # what a config.json that names nothing gets, but for the width
+DIFFUSERS = {  # the defaults of an empty config.json, but for the width
     "attention": (False, True),
     "norm_eps": 1e-5,
     "attention_head_dim": 8,
@@ -63,7 +63,7 @@ CONFIGURATIONS = {
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor, floor: float = 0.0) -> float:
-    """The largest difference over the largest value."""
+    """The largest difference, divided by the largest value."""
     return float((ours - theirs).abs().max()) / max(float(theirs.abs().max()), floor)
 
 
@@ -94,7 +94,7 @@ def test_outputs_and_gradients_equal_diffusers(changes, record_property):
     assert differences[worst] < 1e-5, worst
 
 
-def test_labels_go_to_class_conditional_networks_and_to_no_others():
+def test_only_class_conditional_networks_take_labels():
     x, t, labels = torch.zeros(2, 1, 8, 8), torch.tensor([3, 3]), torch.tensor([0, 4])
     conditional = small_unet(num_class_embeds=5)
     first, second = conditional(x, t, labels)
@@ -169,7 +169,7 @@ def test_every_network_starts_at_zero_and_learns_everywhere(config):
     assert abs((output - noise).square().mean().item() - 1) < 5 * (2 / noise.numel()) ** 0.5
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-2)
     reached = set()
-    for _ in range(4):  # the zeros at the ends of the blocks open up one after the other
+    for _ in range(4):  # the zero layers at the ends of the blocks become non-zero one after the other
         optimizer.zero_grad()
         (unet(x, t, labels) - noise).square().mean().backward()
         optimizer.step()
@@ -207,18 +207,18 @@ def test_doubling_and_convolving_at_once_is_one_after_the_other(size):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999999])
-def test_dropout_drops_its_share_everywhere_alike_and_keeps_the_mean(share):
+def test_dropout_is_uniform_over_places_and_keeps_the_mean(share):
     torch.manual_seed(0)
     dropout, x = Dropout(share), torch.ones(5, 2001, 101, requires_grad=True)
     y = dropout(x)
-    # the share that 16 bits can resolve, in the whole and by place in the four of a draw
+    # the share that 16 bits can represent, over all elements and by place among the four of a draw
     p = min(share, 1 - 2**-16)
     spread = 5 * (p * (1 - p) / (x.numel() / 4)) ** 0.5 + 2**-17
     for part in (y, *(y.flatten()[place::4] for place in range(4))):
         assert abs(float((part == 0).double().mean()) - p) < spread
     kept = y[y != 0]
     assert kept.numel() and (kept == kept[0]).all() and float(kept[0].detach()) == pytest.approx(1 / (1 - p), rel=1e-4)
-    # (neighbours in the four, too, are dropped independently)
+    # (neighbours among the four are dropped independently, too)
     a, b = ((y.flatten()[place : x.numel() - 1 : 4] == 0).double() for place in (0, 1))
     assert abs(float((a * b).mean()) - p * p) < spread
     y.sum().backward()

@@ -1,7 +1,10 @@
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +56,20 @@ def test_a_resumed_run_sees_the_batches_that_are_still_to_come(transforms):
 def test_the_number_of_workers_changes_nothing(workers):
     alone, helped = drawn(transforms=JITTER), drawn(transforms=JITTER, workers=workers)
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.process
+def test_the_other_workers_end_when_one_was_killed():
+    """Also while the fault's traceback is kept: python would wait at its end for a worker that waits for work."""
+    steps = batches(SPLIT, batch_size=8, seed=0, steps=range(10**9), transforms=[], workers=2)
+    next(steps)
+    first, second = active_children()
+    first.kill()
+    with pytest.raises(RuntimeError, match="DataLoader worker") as kept:
+        while True:
+            next(steps)
+    second.join(10)
+    assert not second.is_alive(), kept
 
 
 def test_random_transforms_draw_for_each_image_of_a_batch():
@@ -188,3 +205,24 @@ def test_data_larger_than_memory_is_read_and_shuffled_exactly(tmp_path):
         [sys.executable, "-c", LARGER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.stdout.split("\n")[:2] == ["the limit holds", f"{2 * count - 50} {count} True"], done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the count of bytes is Linux's")
+def test_a_batch_reads_its_own_images_from_a_slow_disk_and_little_beside(tmp_path):
+    """Without a word to the system, each image comes with 128 KiB around it: ten times as much."""
+
+    def from_disk() -> int:
+        return int(Path("/proc/self/io").read_text().partition("\nread_bytes: ")[2].split()[0])
+
+    count, size = 2000, 64
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", np.broadcast_to(image, (count, *image.shape)))
+    with (tmp_path / "images.npy").open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    before = from_disk()
+    one = next(batches(Images(images, np.zeros(count, np.int64)), batch_size=32, seed=0, steps=range(1), transforms=[]))
+    if not (read := from_disk() - before):
+        pytest.skip("these files are in memory")
+    assert read < 3 * one[0].numel()

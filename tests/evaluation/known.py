@@ -1,4 +1,4 @@
-"""How often the intervals hold the truth, on data whose truth is known."""
+"""How often the intervals cover the truth, on data whose truth is known."""
 
 from collections.abc import Callable
 
@@ -16,8 +16,8 @@ def pixels(n, dim=64, seed=0):
 
 
 def assert_covers(measure: Callable[[int], Estimate], truth: float | None, times: int, widest: float = 1.3) -> None:
-    """Measure with many seeds: 95 % intervals hold the truth (None: the mean of all measurements) about as often as
-    that, and are at most `widest` times as wide as the spread of the measurements asks for."""
+    """Measure with many seeds: 95 % intervals cover the truth (None: the mean of all measurements) about as often as
+    that, and are at most `widest` times as wide as the spread of the measurements requires."""
     found = np.array([measure(seed) for seed in range(times)])
     values, errors = found.T
     inside = np.abs(values - (values.mean() if truth is None else truth)) < 1.96 * errors

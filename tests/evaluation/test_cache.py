@@ -19,7 +19,7 @@ def never():
     raise AssertionError("computed again")
 
 
-def test_what_is_kept_is_read_back_bit_for_bit_and_not_computed(tmp_path):
+def test_a_kept_array_is_read_back_bit_for_bit(tmp_path):
     cache = Cache(tmp_path / "new")
     np.testing.assert_array_equal(cache.array(FACTS, array), array())
     again = Cache(tmp_path / "new").array(dict(reversed(FACTS.items())), never)
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_named_and_replaced(tmp_path, capsys, damage):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_where_nothing_can_be_written_a_line_says_so(tmp_path, capsys):
+def test_a_failed_write_is_reported_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     np.testing.assert_array_equal(Cache(tmp_path / "file").array(FACTS, array), array())
     (line,) = capsys.readouterr().err.splitlines()[-1:]
@@ -70,7 +70,7 @@ def _write(folder: Path) -> None:
 
 
 @pytest.mark.process
-def test_runs_that_write_the_same_at_once_do_not_disturb_each_other(tmp_path):
+def test_runs_can_write_the_same_array_at_once(tmp_path):
     runs = [multiprocessing.get_context("fork").Process(target=_write, args=(tmp_path,)) for _ in range(3)]
     for run in runs:
         run.start()
@@ -80,8 +80,8 @@ def test_runs_that_write_the_same_at_once_do_not_disturb_each_other(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 1
 
 
-def test_all_processes_compute_where_one_misses_an_array(tmp_path, monkeypatch):
-    """They share the work of an extraction, so that none may be left alone with it."""
+def test_all_processes_compute_if_one_misses_an_array(tmp_path, monkeypatch):
+    """The processes share the work of an extraction, so none may start it alone."""
     Cache(tmp_path).array(FACTS, array)
     monkeypatch.setattr(processes, "any_process", lambda here: True)
     np.testing.assert_array_equal(Cache(tmp_path).array(FACTS, lambda: array(1)), array(1))

@@ -41,7 +41,7 @@ def test_the_card_names_what_the_distance_was_measured_with():
     ("frequencies", "words"),
     [("equal", "each as often as the others, whatever the data"), ("data", "as often as in the training data")],
 )
-def test_the_card_of_a_conditional_model_has_classes_and_guidance(frequencies, words):
+def test_a_conditional_models_card_has_classes_and_guidance(frequencies, words):
     conditional = ("model.class_conditional=true", "sample.guidance=2.5", f"sample.class_frequencies={frequencies}")
     assert card(*conditional, classes=["cat", "dog"])["Classes"] == f"cat, dog; {words}; guidance scale 2.5"
     assert "Classes" not in card()
@@ -84,7 +84,7 @@ def test_undefined_numbers_are_named_in_the_card_and_left_out(tmp_path):
     assert written["samples"] == 100_000
 
 
-def test_the_card_says_where_copies_were_not_looked_for():
+def test_the_card_reports_how_many_images_were_searched():
     shown = card(values=VALUES | {"train_images": 1000})
     assert shown["Copies are looked for in"] == "1000 of 1438 training images; those of the others are not found"
     assert "Copies are looked for in" not in card()

@@ -17,7 +17,7 @@ def doubles(features):
 
 
 def both(a, b):
-    """The distance and its error."""
+    """The Fréchet distance and its error."""
     a, b = (x if isinstance(x, Normal) else Normal(x) for x in (a, b))
     return distances.frechet_distance(a, b)
 
@@ -27,7 +27,7 @@ def frechet(a, b):
 
 
 def peer(a, b):
-    """The Fréchet distance as torch-fidelity has it."""
+    """The Fréchet distance by torch-fidelity."""
     statistics = [fid_features_to_statistics(doubles(features)) for features in (a, b)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
@@ -42,7 +42,7 @@ def test_the_frechet_distance_of_gaussians_is_its_closed_form():
 
 
 @pytest.mark.parametrize("counts", [(40, 60), (40, 600), (600, 40), (300, 600)])  # below and above the dimensions
-def test_the_frechet_distance_is_that_of_its_formula_in_every_route(counts):
+def test_every_route_gives_the_frechet_distance_of_the_formula(counts):
     a, b = (np.cumsum(gaussian(n, dim=100, seed=n), axis=1) * 0.1 for n in counts)
     rows_a, rows_b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
     overlap = np.linalg.svd(rows_a @ rows_b.T, compute_uv=False).sum()  # tr (S_a S_b)^(1/2)
@@ -97,7 +97,7 @@ def test_no_distance_depends_on_the_size_of_a_block(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("counts", [(i, j) for i in range(1, 4) for j in range(1, 4)])
-def test_of_few_images_a_distance_is_a_number_or_not_defined(counts):
+def test_a_distance_of_few_images_is_a_number_or_not_defined(counts):
     n, m = counts
     a, b = pixels(n), pixels(m, seed=1)
     assert math.isnan(frechet(a, b)) == (min(n, m) < 2)
@@ -110,7 +110,7 @@ def test_of_few_images_a_distance_is_a_number_or_not_defined(counts):
     [
         (300, 500, 8, 0.02),
         (300, 60, 100, 0.05),
-        (40, 500, 100, 0.25),  # with less samples than features, removing one is no small change
+        (40, 500, 100, 0.25),  # with fewer samples than features, removing one is not a small change
         (40, 60, 100, 0.25),
         (60, 40, 100, 0.25),
     ],
@@ -128,14 +128,14 @@ REAL = gaussian(3000, dim=6)
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.0, 1.05), (0.3, 1.2)])
 def test_the_distance_has_the_error_of_another_draw(mean, std):
-    """At the floor too, where the error may be too large by the square root of 2, and never too small."""
+    """Also at the floor, where the error may be too large by a factor of sqrt(2), but never too small."""
     real = Normal(REAL)
     draw = lambda seed: both(gaussian(200, mean, std, dim=6, seed=100 + seed), real)  # noqa: E731
     assert_covers(draw, None, times=120, widest=1.2 if mean else 1.6)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.3, 1.2)])
-def test_the_extrapolated_distance_holds_that_of_infinite_samples(mean, std):
+def test_extrapolation_covers_the_distance_of_infinite_samples(mean, std):
     real = Normal(REAL)
     truth = np.square(REAL.mean(0) - mean).sum() + np.square(std - np.sqrt(np.linalg.eigvalsh(np.cov(REAL.T)))).sum()
 
@@ -146,7 +146,7 @@ def test_the_extrapolated_distance_holds_that_of_infinite_samples(mean, std):
     assert_covers(draw, truth, times=120, widest=1.2 if mean else 1.6)
 
 
-def test_the_floor_is_the_distance_of_the_real_images_drawn_again():
+def test_the_floor_is_the_distance_of_resampled_real_images():
     real = Normal(digits())
     floor, smaller = distances.floor(real, 2000, seed=0), distances.floor(real, 500, seed=0)
     assert 0.0130 < floor.value < 0.0165
@@ -163,4 +163,4 @@ def test_the_reference_is_decomposed_once(monkeypatch):
     for seed in range(3):
         both(gaussian(100, seed=seed), real)
     distances.floor(real, 100, seed=0)
-    assert len(sizes) == 1 + 3  # its root, and each distance's own
+    assert len(sizes) == 1 + 3  # the root of the reference, and one per distance

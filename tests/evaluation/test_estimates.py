@@ -32,7 +32,7 @@ def test_a_rare_event_that_was_not_seen_is_not_excluded():
     assert estimates.share(np.zeros(24, dtype=bool)).error > 0.05
 
 
-def test_what_is_not_defined_is_nan_and_no_warning():
+def test_undefined_numbers_are_nan_without_a_warning():
     assert math.isnan(estimates.mean(np.ones(1)).error)
     assert math.isnan(estimates.median(np.ones(2)).error)
     assert math.isnan(estimates.ratio(Estimate(1.0, 0.1), Estimate(0.0, 0.1)).value)

@@ -37,7 +37,7 @@ def test_features_of_pixels_are_the_pixels_and_no_copy_of_them():
 
 
 def inception_weights(path):
-    """A weights file as torch-fidelity's own, with random values."""
+    """A weights file like torch-fidelity's, with random values."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def inception_weights(path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A weights file where torch looks for what it has downloaded: <TORCH_HOME>/hub/checkpoints/."""
+    """A weights file where torch looks for its downloads: <TORCH_HOME>/hub/checkpoints/."""
     path = tmp_path_factory.mktemp("torch") / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
     path.parent.mkdir(parents=True)
     inception_weights(path)
@@ -80,7 +80,7 @@ def test_the_digest_is_that_of_the_weights_that_were_loaded(weights, monkeypatch
 
 @pytest.fixture
 def models(tmp_path):
-    """Weights of two small models of timm, a transformer and a convolutional network, as its hub has them."""
+    """Weights of two small models of timm, a transformer and a convolutional network, as on timm's hub."""
 
     def write(name):
         torch.manual_seed(0)
@@ -94,7 +94,7 @@ def models(tmp_path):
 @pytest.mark.parametrize(("name", "interpolation"), [("test_vit", "bicubic"), ("test_resnet", "bilinear")])
 @pytest.mark.parametrize("size", [None, 64])
 def test_features_of_timm_are_those_of_its_model(models, name, interpolation, size):
-    """Resized and normalised as timm says; the position embeddings of a transformer are resized to the images."""
+    """Images are resized and normalised as timm says; a transformer's position embeddings are resized to the images."""
     images, side = photographs(3), size or 160
     vectors = extract(images, f"timm:{name}", models[name], size)
     options = {"img_size": side} if name == "test_vit" else {}
@@ -111,7 +111,7 @@ def test_features_of_timm_are_those_of_its_model(models, name, interpolation, si
     assert np.abs(np.diff(vectors, axis=0)).max() > 0.01 * np.abs(vectors).max()
 
 
-def test_features_of_timm_depend_on_no_batch_and_take_grey_images(models):
+def test_timms_features_ignore_the_batch_and_accept_grey_images(models):
     images = photographs(5, channels=1)
     vectors = extract(images, "timm:test_vit", models["test_vit"], 32, batch_size=5)
     np.testing.assert_allclose(extract(images, "timm:test_vit", models["test_vit"], 32), vectors, rtol=1e-4, atol=1e-4)
@@ -119,7 +119,7 @@ def test_features_of_timm_depend_on_no_batch_and_take_grey_images(models):
     np.testing.assert_array_equal(colour, vectors)
 
 
-def test_an_extractor_says_what_its_features_follow_from(models):
+def test_an_extractor_lists_what_its_features_depend_on(models):
     extractor = opened("timm:test_vit", models["test_vit"], 32)
     assert extractor.digest == hashlib.sha256(models["test_vit"].read_bytes()).hexdigest()
     assert str(extractor) == "timm:test_vit, images resized to 32x32"

@@ -21,7 +21,7 @@ def test_the_held_out_loss_of_a_known_network_is_its_closed_form():
     assert bound is None
 
 
-def test_the_held_out_loss_is_listed_from_clean_to_noisy_timesteps():
+def test_the_held_out_loss_runs_from_clean_to_noisy_timesteps():
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon"))
     seen = []
 
@@ -38,7 +38,7 @@ def test_the_held_out_loss_is_listed_from_clean_to_noisy_timesteps():
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_the_loss_of_each_image_is_what_the_mean_is_taken_of(learned):
+def test_the_mean_loss_is_the_mean_over_the_image_losses(learned):
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon", learn_variance=learned))
     unet, held = small_unet(out_channels=1 + learned), HeldOut(photographs(7))
     options = {"bins": 3, "batch_size": 4, "seed": 0}
@@ -56,7 +56,7 @@ def photographs(count, size=8, channels=1):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_the_held_out_loss_follows_from_each_image_alone(learned):
+def test_the_held_out_loss_depends_on_each_image_alone(learned):
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon", learn_variance=learned))
     images, unet = photographs(23), small_unet(**SHALLOW | {"out_channels": 1 + learned})
 
@@ -78,7 +78,7 @@ def test_the_held_out_loss_shared_by_processes_is_that_of_one():
     d, images = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon")), photographs(11)
 
     class Shared(Store):
-        """Each process computes its parts, the last first."""
+        """Each process computes its parts, the last process first."""
 
         def batches(self, name, count, size, compute, bar):
             slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -92,7 +92,7 @@ def test_the_held_out_loss_shared_by_processes_is_that_of_one():
     assert alone == together
 
 
-def test_with_a_learned_variance_the_held_out_loss_is_the_simple_one():
+def test_a_learned_variance_leaves_the_held_out_loss_unchanged():
     """A network with the same prediction has the same loss, whether or not it also has a variance."""
     images, unet = photographs(9), small_unet()
     plain = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon"))
@@ -157,13 +157,13 @@ def exact_network(d: GaussianDiffusion, std: float):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_the_bound_of_the_exact_network_is_the_entropy_of_the_data(prediction):
+def test_the_exact_networks_bound_is_the_entropy_of_the_data(prediction):
     images, entropy = gaussian_images(60, mean=127.5, std=30.0)
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", prediction, learn_variance=True))
     options = {"batch_size": 60 * 40, "seed": 0}  # 40 timesteps at once
     bound = variational_bound(exact_network(d, 30 / 127.5), d, HeldOut(images), variance="learned", **options)
     assert bound.bits_per_dim == pytest.approx(entropy, rel=0.01)
-    # what was spent grows from the prior's part to the whole but L_0, and the image gets clearer meanwhile
+    # the rate grows from the prior's part to the whole bound but L_0, while the distortion falls
     rate, distortion = bound.rate_distortion()
     assert rate[-1] == pytest.approx(bound.prior)
     assert rate[0] == pytest.approx(bound.bits_per_dim - bound.terms[0])
@@ -241,7 +241,7 @@ def test_the_bound_does_not_depend_on_other_draws_and_repeats():
     assert a.bits_per_dim == b.bits_per_dim != c.bits_per_dim
 
 
-def test_the_bound_follows_from_each_image_alone():
+def test_the_bound_depends_on_each_image_alone():
     images, _ = gaussian_images(7, 127.5, 40.0)
     d = GaussianDiffusion(DiffusionConfig(20, "cosine", "v"))
 

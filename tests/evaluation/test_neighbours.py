@@ -37,7 +37,7 @@ def test_of_equal_training_images_only_the_first_is_near():
 @pytest.mark.parametrize("noise", [0, 2])
 @pytest.mark.parametrize("twice", [False, True])
 def test_planted_copies_are_found_and_nothing_else(noise, twice):
-    """2 % of the samples are training images, or nearly, whether or not the training set holds each image twice."""
+    """2 % of the samples are (nearly) training images, whether or not the training set holds each image twice."""
     rng = np.random.default_rng(0)
     real = rng.permutation(digits())
     train, others = real[:1000], real[1000:1735]
@@ -59,7 +59,7 @@ def test_copies_are_not_defined_beside_a_single_training_image(train):
     assert near.first[3] == 0
 
 
-def test_the_memorisation_ratio_is_0_for_copies_and_1_for_new_images():
+def test_memorisation_is_0_for_copies_and_1_for_new_images():
     train, new, held_out = gaussian(1000), gaussian(400, seed=1), gaussian(400, seed=2)
     ratio = lambda a, b: memorisation_ratio(nearest(a, train), nearest(b, train))  # noqa: E731
     assert ratio(train[:100], held_out) == (0, 0)
@@ -70,7 +70,7 @@ def test_the_memorisation_ratio_is_0_for_copies_and_1_for_new_images():
 
 
 @pytest.mark.parametrize("counts", [(i, j) for i in range(1, 4) for j in range(1, 4)])
-def test_of_few_images_the_nearest_is_found(counts):
+def test_the_nearest_is_found_among_few_images(counts):
     n, m = counts
     near = nearest(pixels(n), pixels(m, seed=1))
     assert len(near.first) == n

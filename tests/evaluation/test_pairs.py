@@ -55,7 +55,7 @@ def test_samples_of_one_mode_have_precision_but_no_recall():
     assert found["kid"].value > 10 * found["kid"].error
 
 
-def test_an_outlier_among_real_images_moves_precision_not_density():
+def test_a_real_outlier_changes_precision_but_not_density():
     real = np.concatenate([gaussian(300, std=0.1), np.full((1, 8), 30.0)])
     found = measure(gaussian(300, mean=2.0, std=0.1, seed=1), real)
     assert found["precision"].value == 1
@@ -66,12 +66,12 @@ ATOMS, REAL = gaussian(40, mean=0.6, std=1.2, dim=3, seed=1), gaussian(80, dim=3
 
 
 def drawn(seed, n=200):
-    """Samples of a sampler that is known: it draws these points, all as often."""
+    """Samples of a known sampler: it draws these points, each equally often."""
     return ATOMS[np.random.default_rng(seed).integers(0, len(ATOMS), n)]
 
 
-def test_kid_precision_and_density_hold_what_is_known_of_the_sampler():
-    truth = measure(ATOMS, REAL)  # of every point that it may draw: precision and density are means over samples
+def test_kid_precision_and_density_cover_the_known_truth():
+    truth = measure(ATOMS, REAL)  # over all points of the sampler: precision and density are means over samples
     found = [measure(drawn(seed), REAL) for seed in range(60)]
     for name in ("precision", "density"):
         assert_covers(lambda seed, name=name: found[seed][name], truth[name].value, times=60)
@@ -88,7 +88,7 @@ def test_recall_and_coverage_have_the_error_of_another_draw(name):
     assert_covers(lambda seed: compare(samples(seed), around, 3, seed)[name], None, times=60, widest=1.6)
 
 
-def test_everything_follows_from_the_seed():
+def test_the_seed_changes_only_errors_of_recall_and_coverage():
     a, b = gaussian(60), gaussian(100, mean=0.3, seed=1)
     assert measure(a, b) == measure(a, b)
     other = measure(a, b, seed=1)
@@ -97,7 +97,7 @@ def test_everything_follows_from_the_seed():
 
 
 @pytest.mark.parametrize("counts", [(i, j) for i in (1, 2, 3, 4, 5) for j in (1, 2, 4, 5)])
-def test_of_few_images_each_measure_is_a_number_or_not_defined(counts):
+def test_each_measure_of_few_images_is_a_number_or_undefined(counts):
     n, m = counts
     for k in (1, 3, 50):
         found = measure(pixels(n), pixels(m, seed=1), neighbours=k)

@@ -1,4 +1,4 @@
-"""The clone in which the smoke preset has run."""
+"""Fixtures: a clone in which the smoke preset has run."""
 
 import fcntl
 import shutil
@@ -13,7 +13,7 @@ from tests.support.clones import SMOKE, Clone, make_clone
 def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A clone in which the smoke preset was run and committed, to be copied and not changed: half a minute.
 
-    All workers of pytest-xdist share it: the first makes it, under a lock.
+    All workers of pytest-xdist share the clone: the first worker makes it, under a lock.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "smoke"
@@ -32,5 +32,5 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 @pytest.fixture(scope="session")
 def smoke(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """The same for the tests of one worker, which leave it as they found it, but for experiments and tags."""
+    """A copy for the tests of one worker, which leave it unchanged but for experiments and tags."""
     return Clone(shutil.copytree(smoke_run, tmp_path_factory.mktemp("own") / "clone"))

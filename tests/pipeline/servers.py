@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-SBIN = f"{os.environ['PATH']}:/usr/sbin"  # where Debian puts sshd, and not on a user's path
+SBIN = f"{os.environ['PATH']}:/usr/sbin"  # where Debian puts sshd; not on a user's path
 SWIFT = ("account", "container", "object", "proxy")
 
 
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(command: list[str], port: int, log: Path) -> Iterator[None]:
-    """`command` runs until the end of the block, which starts once it accepts connections on `port`."""
+    """Run `command` until the end of the block; the block starts once the server accepts connections on `port`."""
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as server:
         try:
             for _ in range(300):
@@ -42,11 +42,11 @@ def serving(command: list[str], port: int, log: Path) -> Iterator[None]:
 
 @contextmanager
 def sshd(folder: Path) -> Iterator[tuple[str, Path]]:
-    """An SSH server with keys of its own; gives `user@host:port` and the file of the key that it lets in."""
+    """An SSH server with its own keys; gives `user@host:port` and the file of the key that it accepts."""
     program = shutil.which("sshd", path=SBIN)
     assert program, "sshd is missing: apt-get install openssh-server"
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # wanted for root alone; made at boot, so not in a container
+        Path("/run/sshd").mkdir(exist_ok=True)  # needed for root only; created at boot, so not in a container
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     port = free_port()
@@ -69,7 +69,7 @@ def sshd(folder: Path) -> Iterator[tuple[str, Path]]:
 
 @contextmanager
 def swift(folder: Path) -> Iterator[dict[str, str]]:
-    """An object store on one disk: four servers. Gives the endpoint of its S3 API, an access key and the secret."""
+    """An object store of four servers on one disk. Gives the endpoint of its S3 API, an access key and the secret."""
     programs = Path(sys.executable).parent
     ports = {name: free_port() for name in SWIFT}
     (folder / "devices/disk").mkdir(parents=True)
@@ -102,11 +102,11 @@ def swift(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def postgresql() -> Iterator[str]:
-    """A PostgreSQL server with an empty database, in a folder of its own; gives its URL, as Optuna takes it."""
+    """A PostgreSQL server with an empty database, in its own folder; gives its URL, as Optuna takes it."""
     where = ":".join([os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
     initdb, server = shutil.which("initdb", path=where), shutil.which("postgres", path=where)
     assert initdb and server, "PostgreSQL is missing: apt-get install postgresql"
-    # it refuses to run as root, as in a container: then as the user that Debian's package made
+    # PostgreSQL refuses to run as root, as in a container: run it as the user that Debian's package made
     user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     with tempfile.TemporaryDirectory(prefix="ddpm-postgresql-", dir="/tmp") as folder:
         if user:

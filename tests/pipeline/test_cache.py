@@ -10,7 +10,7 @@ import yaml
 from tests.support.clones import Clone
 
 STAGES = ("prepare_data", "train", "sample", "evaluate")
-# What the stages then compute differs in every output from what the cache holds
+# With these, the stages compute outputs that all differ from those in the cache
 CHANGES = {
     "dataset": {"test_fraction": 0.3},
     "train": {"steps": 4, "warmup_steps": 1, "seed": 1},
@@ -44,11 +44,11 @@ def test_no_stage_writes_through_a_link_into_the_cache(smoke_run: Path, tmp_path
         clone.run("python", "-m", f"stages.{stage}")
     assert cached(clone) == before, "a stage run by hand wrote into the cache"
     assert clone.dvc("status", "-q", check=False) == ""
-    assert clone.run("dvc", "status", "-q", check=False).returncode == 1, "what was run by hand differs from the lock"
+    assert clone.run("dvc", "status", "-q", check=False).returncode == 1, "the outputs equal the lock"
 
     clone.run("git", "restore", ".")
     clone.dvc("checkout", "--force")
     assert clone.run("dvc", "status", "-q", check=False).returncode == 0
-    clone.dvc("repro", "-f", "train")  # outputs of before are linked here while dvc runs the stage
+    clone.dvc("repro", "-f", "train")  # the earlier outputs are links here while dvc runs the stage
     after = cached(clone)
     assert {path: after[path] for path in before} == before, "a stage run by dvc wrote into the cache"

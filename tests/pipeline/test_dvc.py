@@ -1,4 +1,4 @@
-"""The real dvc in a scratch clone: what a user does with it."""
+"""A user's commands with the real dvc, in a scratch clone."""
 
 import json
 import re
@@ -14,7 +14,7 @@ GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def changed(clone) -> dict[str, set[str]]:
-    """The stages with a changed dependency or parameter of their own (not of a predecessor alone), and what changed."""
+    """The stages with a changed dependency or parameter of their own (not only of a predecessor), and what changed."""
     found = {}
     with Repo(str(clone.folder)) as repo:
         for name, entries in repo.status().items():
@@ -28,7 +28,7 @@ def changed(clone) -> dict[str, set[str]]:
     return found
 
 
-def test_a_run_makes_all_that_the_design_promises(smoke):
+def test_a_run_writes_every_promised_file(smoke):
     for path in (
         "data/prepared/train/images.npy",
         "data/prepared/dataset.json",
@@ -82,7 +82,7 @@ def test_no_output_names_the_machine_or_its_folders(smoke_run):
             assert len(socket.gethostname()) < 6 or socket.gethostname().encode() not in content, path
 
 
-def test_a_changed_module_reruns_exactly_the_stages_that_import_it(smoke):
+def test_a_changed_module_reruns_only_the_stages_importing_it(smoke):
     modules = {name: {dep for dep in stage["deps"] if dep.endswith(".py")} for name, stage in GRAPH.items()}
     before = {smoke.folder / module: (smoke.folder / module).read_text() for module in set().union(*modules.values())}
     try:
@@ -134,7 +134,7 @@ def test_a_changed_param_reruns_exactly_the_stages_that_use_it(smoke, end):
         path.write_text(before)
 
 
-def test_files_that_do_not_count_change_nothing(smoke):
+def test_irrelevant_files_change_nothing(smoke):
     for name in ("README.md", "conf/optimizer/adam.yaml", "data/raw/new.png", "ddpm/__pycache__/x.pyc", "new.txt"):
         path = smoke.folder / name
         before = path.read_bytes() if path.exists() else None
@@ -149,7 +149,7 @@ def test_files_that_do_not_count_change_nothing(smoke):
                 path.write_bytes(before)
 
 
-def test_a_command_in_a_templated_parameter_is_a_path_and_not_run(smoke):
+def test_a_command_in_a_templated_parameter_is_never_run(smoke):
     path = smoke.folder / "params.yaml"
     before = path.read_text()
     try:

@@ -17,7 +17,7 @@ FEW = ("+experiment=smoke", "runtime.threads=1", "train.steps=2", "train.warmup_
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A clone, installed by the Makefile's own options into an environment that has all its requirements."""
+    """A clone, installed with the Makefile's own options into an environment that has all requirements."""
     folder = tmp_path_factory.mktemp("installed")
     clone = make_clone(folder / "clone")
     environment = folder / "environment"
@@ -59,10 +59,10 @@ def test_a_stage_run_as_a_script_gives_the_bytes_of_the_module(installed: Clone)
         installed.run("python", f"stages/{stage}.py")
     assert len(by_module) > 8 and outputs(installed) == by_module
     untracked = installed.run("git", "ls-files", "--others", "--exclude-standard").stdout
-    assert untracked == "", "what an installation leaves is ignored"
+    assert untracked == "", "an installation leaves files that git does not ignore"
 
 
-def test_a_script_with_the_library_of_another_checkout_is_refused(installed: Clone, tmp_path: Path) -> None:
+def test_a_script_refuses_the_library_of_another_checkout(installed: Clone, tmp_path: Path) -> None:
     other = make_clone(tmp_path / "other")
     other.env = installed.env
     done = other.run("python", "stages/train.py", check=False)
@@ -84,7 +84,7 @@ RECORD = '#!/bin/sh\necho "$(basename "$0") $*" >> "{log}"\n{then}\n'
     ids=["uv", "uv fails", "uv cannot be had"],
 )
 def test_uv_installs_and_pip_where_uv_cannot(tmp_path: Path, uv: str | None, pip: str, runs: list[str]) -> None:
-    """The Makefile's own recipe, with programs that write down how they were called."""
+    """The Makefile's own recipe, with programs that record how they were called."""
     log, programs = tmp_path / "log", tmp_path / "environment/bin"
     programs.mkdir(parents=True)
     for name, then in (("uv", uv), ("python", pip)):

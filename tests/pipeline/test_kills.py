@@ -26,5 +26,5 @@ def test_a_run_killed_under_every_command_ends_in_the_same_bytes(smoke: Clone, t
         )
     finally:
         ground.close()
-        print(ground.tally.table(), ground.log.read_text(errors="replace"))  # shown where it fails
+        print(ground.tally.table(), ground.log.read_text(errors="replace"))  # shown if the test fails
     assert ground.tally.kills.total() == 4

@@ -21,7 +21,7 @@ FASTER = (
 
 
 def photographs(folder: Path, count: int = 60) -> None:
-    """JPEGs of the size that small cameras make, smooth as photographs are."""
+    """JPEGs of a small camera's size, smooth like photographs."""
     folder.mkdir(parents=True)
     for i in range(count):
         coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 class Person:
-    """Someone who types the commands of the page: in a clone with an origin and a DVC remote."""
+    """A user who types the commands of the page, in a clone with an origin and a DVC remote."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -59,7 +59,7 @@ class Person:
 
 @pytest.fixture(scope="module")
 def person(tmp_path_factory) -> Person:
-    """The first block of the page is typed, and its queue is done."""
+    """The first block of the page has been typed, and its queue is done."""
     base = tmp_path_factory.mktemp("own")
     photographs(base / "pictures")
     person = Person(base)
@@ -165,7 +165,7 @@ def test_a_folder_elsewhere_is_watched_and_seen_in_workspaces(person, tmp_path):
     assert "prepare_data" in clone.dvc("status", "prepare_data")
 
 
-def test_a_folder_is_looked_into_and_its_command_is_printed(person, tmp_path):
+def test_tools_folder_reports_a_folder_and_prints_its_command(person, tmp_path):
     pictures = tmp_path / "Müller (1)"
     photographs(pictures, 3)
     (line,) = BLOCKS[2]

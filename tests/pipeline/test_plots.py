@@ -1,4 +1,4 @@
-"""The page of `make plots`, in a real browser: everything is drawn, and nothing is asked of the network."""
+"""The page of `make plots`, in a real browser: everything is drawn, and nothing is requested from the network."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def browser() -> Iterator[Browser]:
 
 def make_plots(clone, revisions: str = "") -> Path:
     environment = Path(sys.prefix)
-    # -o: the environment is the tests' own, and is not to be installed again
+    # -o: the environment is the tests' own, and must not be installed again
     clone.run("make", "plots", f"VENV={environment}", "-o", f"{environment}/.run", f"REV={revisions}")
     return clone.folder / "dvc_plots/index.html"
 
@@ -63,13 +63,13 @@ def page_of_one(smoke) -> Path:
 
 @pytest.fixture(scope="module")
 def page_of_two(smoke) -> Path:
-    """The committed results (whose training pictures no clone has) beside those of the smoke preset."""
+    """The committed results (without the training pictures, which no clone has) beside those of the smoke preset."""
     smoke.run("git", "tag", "-f", "default", "main~1")
     return make_plots(smoke, "default main")
 
 
 def opened(browser: Browser, path: Path, size: dict) -> tuple[Page, list[str]]:
-    """The page once all is drawn, and what should not have happened: messages, errors, requests to elsewhere."""
+    """The page once all is drawn, and the list of messages, errors and outside requests, which should be empty."""
     page, trouble = browser.new_page(viewport=size), []
     page.on("console", lambda message: trouble.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -125,7 +125,7 @@ def test_two_revisions_are_overlaid_and_side_by_side(browser, page_of_two, size)
         assert all(pictures.evaluate_all("all => all.map(img => img.naturalWidth > 0)")), title
         left, right = (pictures.nth(i).bounding_box() for i in range(2))
         assert left["y"] == right["y"] or size == PHONE, title
-    assert "none of default" in figure(page, "Samples by epoch").inner_text()
+    assert "default has none" in figure(page, "Samples by epoch").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     assert trouble == []
     page.close()
@@ -140,7 +140,7 @@ def test_two_revisions_open_with_their_numbers_and_what_differs(browser, page_of
     assert re.fullmatch(r"Fréchet distance(\s+\d+\.\d+ ± \d+\.\d+){2}", distance)
     rows = {row.split()[0]: row.split()[1:] for row in params.locator("tbody tr").all_inner_texts()}
     assert rows["train.steps"] == ["1200", "60"]
-    assert "optimizer.lr" not in rows, "it is the same in both"
+    assert "optimizer.lr" not in rows, "optimizer.lr is the same in both"
     page.close()
 
 
@@ -160,13 +160,13 @@ def test_the_slider_shows_the_samples_of_each_epoch(browser, page_of_one):
 
 @pytest.fixture(scope="module")
 def page_of_dvc(smoke, tmp_path_factory) -> Path:
-    """What `dvc plots show` writes: the scripts of the charts are to be loaded."""
+    """The page of `dvc plots show`, which loads the scripts of the charts."""
     folder = tmp_path_factory.mktemp("dvc")
     smoke.dvc("plots", "show", "--out", str(folder))
     return folder / "index.html"
 
 
-def test_dvc_alone_writes_the_page_too_with_scripts_from_the_network(browser, page_of_dvc):
+def test_dvc_alone_writes_the_page_with_scripts_to_download(browser, page_of_dvc):
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed")
     page = browser.new_page()
     page.route(
@@ -180,7 +180,7 @@ def test_dvc_alone_writes_the_page_too_with_scripts_from_the_network(browser, pa
     page.close()
 
 
-def test_without_its_scripts_the_page_shows_the_pictures_and_a_hint(browser, page_of_dvc):
+def test_without_scripts_the_page_shows_pictures_and_a_hint(browser, page_of_dvc):
     page = browser.new_page()
     page.route(ELSEWHERE, lambda route: route.abort())
     page.goto(page_of_dvc.as_uri())
@@ -190,7 +190,7 @@ def test_without_its_scripts_the_page_shows_the_pictures_and_a_hint(browser, pag
     page.close()
 
 
-def test_what_the_page_does_not_know_is_shown_under_its_own_name(browser, smoke, tmp_path):
+def test_unknown_plots_are_shown_under_their_own_names(browser, smoke, tmp_path):
     shutil.copy(smoke.folder / "results/sample/grid.png", smoke.folder / "mine.png")
     try:
         smoke.dvc("plots", "show", "--out", str(tmp_path), "mine.png")

@@ -23,7 +23,7 @@ TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 class Verified(NamedTuple):
-    """How a command is verified: what is appended so that it is over in seconds, and what comes before and after."""
+    """How a command is verified: text appended so that it takes seconds, and functions to run before and after."""
 
     more: str = ""
     before: Callable[[Clone], Clone | None] = lambda clone: None  # may give another folder, for the rest of the block
@@ -41,7 +41,7 @@ def blocks(language: str) -> list[list[str]]:
 
 
 def table(head: str) -> list[list[list[str]]]:
-    """The table with that head: by row and column, what stands in backticks."""
+    """The table with that head: by row and column, the texts in backticks."""
     found = re.search(rf"^{re.escape(head)}\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
     assert found, f"no page has a table headed {head}"
     rows = (row.strip("|").split("|") for row in found[1].splitlines()[1:])
@@ -125,7 +125,7 @@ def is_cloned(clone: Clone, printed: str) -> None:
 
 
 def back_home(clone: Clone) -> Clone:
-    """Where the outputs are at hand, so that nothing has to run."""
+    """The clone that has the outputs, so that nothing has to run."""
     return Clone(clone.folder.parent / "author")
 
 
@@ -234,12 +234,13 @@ def has_param(section: str, key: str, value: object) -> Callable[[Clone, str], N
 
 
 def dry_run(printed: str) -> Verified:
-    """Of a target that takes too long, or is the suite itself: what it would run."""
+    """For a target that takes too long, or is the suite itself: check the command that it would run."""
     return Verified(f"{INSTALLED} -o '{VENV}/.bench' -o '{VENV}/.remote' -n", after=contains(printed))
 
 
 LONG = {
     "bench": "python -m benchmarks",
+    "gpu": "python -m benchmarks.gpu",
     "kills": "python -m tests.robustness.kills",
     "lock": "uv pip compile",
     "test-remote": "pytest -m remote",
@@ -255,7 +256,7 @@ TINY = (
     "-S evaluate.loss_images=2 -S evaluate.loss_bins=1 -S evaluate.bound_images=0 "
     "-S dataset.test_fraction=0.5 -S dataset.image_size=16 -S runtime.threads=1"
 )
-PLACES = {  # what the reader replaces by their own
+PLACES = {  # placeholders that the reader replaces
     "<address of this repository>": "{parent}/author",
     "<name>": "HEAD",
     "/some/where": "..",
@@ -272,7 +273,7 @@ VERIFIED = {
     "git clone <address of this repository> ddpm": Verified(before=nowhere, after=is_cloned),
     "cd ddpm": Verified(),
     "make repro": Verified(INSTALLED, before=back_home, after=contains("frechet_distance", "results/sample/grid.png")),
-    # the suite cannot run itself; this is what it is run by
+    # the suite cannot run itself; check the command that runs it
     "make check": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "not process")),
     "make test": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "pytest -n 2")),
     "dvc repro": Verified(after=contains("up to date")),
@@ -318,7 +319,7 @@ VERIFIED = {
         INSTALLED, before=three_trials, after=three_curves
     ),
     "dvc checkout": Verified(before=without_samples, after=with_samples),
-    "cp -r /path/to/pictures data/raw": Verified(before=pictures, slow=True),  # test_own_images.py has it, too
+    "cp -r /path/to/pictures data/raw": Verified(before=pictures, slow=True),  # test_own_images.py runs it, too
     'dvc add data/raw && git add data/raw.dvc && git commit -m "My images"': Verified(),
     "dvc exp run -S dataset=folder -S +experiment=short": Verified(TINY, after=made_from_images),
     "dvc exp run -S '~optimizer' -S '+optimizer={_target_: torch.optim.RMSprop, lr: 1e-3, alpha: 0.9}'": Verified(
@@ -364,7 +365,7 @@ VERIFIED = {
         before=released, after=fetched
     ),
 }
-# In sentences, in an order in which they work in one clone
+# Commands in sentences, in an order in which they work in one clone
 SAID = {
     "dvc status": Verified(after=contains("up to date")),
     "dvc status -q": Verified(),
@@ -390,6 +391,11 @@ SAID = {
 }
 ELSEWHERE = {
     "python -m benchmarks.distances": "test_benchmarks.py",
+    "python -m benchmarks.gpu <step>": "test_benchmarks.py",
+    "python -m benchmarks.long_run --folder <folder>": "test_benchmarks.py",
+    "python -m benchmarks.memory": "test_benchmarks.py",
+    "python -m benchmarks.million --folder <folder>": "test_benchmarks.py",
+    "python -m benchmarks.processes --folder <folder>": "test_benchmarks.py",
     "make states ADOPT=<name>": "../runtime/test_resume.py",
     "make verdict": "../tools/test_verdict.py",
     "dvc exp push": "pipeline/test_search.py",
@@ -414,17 +420,17 @@ def test_every_command_of_the_documents_is_verified():
     sentences = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     said = {text for text in re.findall(r"`([^`\n]+)`", sentences) if text.split()[0] in PROGRAMS and " " in text}
     assert sorted(said - VERIFIED.keys()) == sorted([*SAID, *ELSEWHERE]), (
-        "in a sentence and in no test, or not any more"
+        "a command in a sentence has no test, or a tested one is gone"
     )
     assert sorted(commands - VERIFIED.keys()) == [], "on a page and in no test: add them to VERIFIED"
-    assert sorted(VERIFIED.keys() - commands) == [], "in VERIFIED and on no page any more"
+    assert sorted(VERIFIED.keys() - commands) == [], "in VERIFIED and no longer on a page"
 
 
 @pytest.fixture
 def author(smoke_run: Path, tmp_path: Path) -> Clone:
     """A clone with the outputs of the smoke preset, and a repository that it pushes to."""
     clone = Clone(tmp_path / "author")
-    shutil.copytree(smoke_run, clone.folder, ignore=lambda folder, names: {"runs"} & set(names))  # to run what is asked
+    shutil.copytree(smoke_run, clone.folder, ignore=lambda folder, names: {"runs"} & set(names))  # no run cache
     clone.run("git", "clone", "-q", "--bare", ".", "../hosted.git")
     clone.run("git", "remote", "add", "origin", "../hosted.git")
     clone.run("git", "fetch", "-q", "origin")
@@ -467,12 +473,12 @@ def test_the_python_of_the_documents_gives_images(author: Clone) -> None:
 @pytest.mark.parametrize(
     "head", ["| `-S +experiment=` | what | two CPU cores | one GPU |", "| preset | what it sets |"]
 )
-def test_every_preset_is_in_the_table_and_no_other(head):
+def test_the_tables_list_exactly_the_presets(head):
     listed = [name for row in table(head) for name in row[0]]
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 
 
-def test_every_choice_of_every_group_is_in_the_table_and_no_other():
+def test_the_table_lists_exactly_the_choices_of_every_group():
     rows = table("| group | choices | knobs that matter most |")
     listed = {name: sorted(choices) for group, choices, _ in rows for name in group}
     folders = [

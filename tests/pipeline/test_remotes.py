@@ -20,7 +20,7 @@ def files(folder: Path) -> dict[str, bytes]:
     params=["folder", pytest.param("ssh", marks=pytest.mark.remote), pytest.param("s3", marks=pytest.mark.remote)]
 )
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """The address of an empty remote, and the settings that DVC needs to get in, which each person keeps locally."""
+    """The address of an empty remote, and the settings that DVC needs for access, which each person keeps locally."""
     folder = tmp_path / "storage"
     folder.mkdir()
     if request.param == "folder":

@@ -34,7 +34,7 @@ def ask(clone: Clone, **changes: object) -> None:
 
 
 def watched(clone: Clone, log: Path) -> None:
-    """Log each run of an experiment that is begun."""
+    """Make the clone log each run of an experiment that begins."""
     programs = log.parent / "bin"
     programs.mkdir(exist_ok=True)
     real = shutil.which("dvc", path=clone.env["PATH"])
@@ -61,7 +61,7 @@ def names(trials: int) -> list[str]:
 
 
 def until_training(clone: Clone, worker: subprocess.Popen) -> None:
-    """Until a training of this worker has saved a state, which its next start resumes from."""
+    """Wait until a training of this worker has saved a state, from which its next start resumes."""
     while not any((clone.folder / ".state").glob("train-*/*")):
         assert worker.poll() is None, (clone.folder.parent / f"{clone.folder.name}.log").read_text()
         time.sleep(0.05)
@@ -84,7 +84,7 @@ def test_a_search_resumes_and_its_runs_are_experiments(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, monkeypatch):
+def test_hopeless_and_diverged_trials_end_early_with_a_reason(tmp_path, monkeypatch):
     clone = make_clone(tmp_path / "clone")
     rates = [1e-3, 2e-3, 1e-6, 1e30]
     changes = {"space": {"optimizer.lr": {"choices": rates}}, "trials": 4, "prune_after": 2, "prune_from": 0.0}
@@ -93,7 +93,7 @@ def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, 
     monkeypatch.chdir(clone.folder)
     study = Study(Search.model_validate(SMALL | changes), open_storage(".search/journal.log"), "other", origin())
     distributions = {"optimizer.lr": optuna.distributions.CategoricalDistribution(list(map(str, rates)))}
-    for rate in ("0.001", "0.002"):  # which were good
+    for rate in ("0.001", "0.002"):  # two good trials
         study.study.add_trial(
             optuna.trial.create_trial(
                 value=0.0,
@@ -109,8 +109,8 @@ def test_a_hopeless_and_a_diverged_trial_end_early_with_their_reasons(tmp_path, 
 
 
 @pytest.mark.remote
-def test_three_machines_share_a_search_through_postgresql_git_and_a_dvc_remote(tmp_path):
-    """Three clones, one bare git remote, one DVC remote; a worker is killed in its training, and started again."""
+def test_three_machines_share_a_search_through_their_remotes(tmp_path):
+    """Three clones, one bare git remote, one DVC remote, PostgreSQL; a worker is killed in a training and restarted."""
     trials, log = 4, tmp_path / "runs"
     origin = make_clone(tmp_path / "origin")
     origin.dvc("remote", "add", "--default", "storage", str(tmp_path / "storage"))
@@ -137,7 +137,7 @@ def test_three_machines_share_a_search_through_postgresql_git_and_a_dvc_remote(t
     # nothing is lost
     for folder in (tmp_path / "hosted.git", *(clone.folder for clone in clones)):
         assert experiments(folder) == names(trials)
-    # nothing is run twice: but for the run that was killed each was begun once
+    # nothing is run twice: each run began once, except the one that was killed
     begun = Counter(log.read_text().split())
     assert sorted(begun) == names(trials) and sorted(begun.values()) == [1] * (2 * trials - 1) + [2]
     # the outputs of any run are in the DVC remote, and its numbers in every clone

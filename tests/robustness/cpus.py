@@ -4,7 +4,7 @@
     python -m tests.robustness.cpus --cpus Haswell Skylake-Client EPYC-Rome
 
 A tiny run, since emulation is slow: a few steps of training, every sampler, every metric. The files that the stages
-write have to agree, and the metrics with all their digits are compared too, to see what is only saved by rounding.
+write have to agree. The metrics are also compared with all their digits, to see which agree only by rounding.
 Needs Debian's package qemu-user.
 """
 
@@ -47,7 +47,7 @@ OVERRIDES = (
 
 
 def gradients_at_32_pixels() -> str:
-    """The hash of a training step's gradients; such images are doubled by a kernel of their own, and dropout is on."""
+    """The hash of a training step's gradients; such images are doubled by a separate kernel, and dropout is on."""
     import torch
 
     from tests.conftest import small_unet
@@ -97,7 +97,7 @@ def probe(*more: str, digits: bool = True) -> dict[str, str]:
 
 
 def start(folder: Path, code: Path, call: str, *around: str, **variables: str) -> subprocess.Popen[str]:
-    """A process in the folder that writes what that call of `probe` finds, with that folder's code, into `found`."""
+    """A process in the folder that calls `probe` with that folder's code, and writes the result into `found`."""
     # the interpreter itself, with the path of the packages of the virtual environment
     python = [os.path.realpath(sys.executable), "-c"]
     script = f"import json, sys; from tests.robustness.cpus import probe; json.dump({call}, open('found', 'w'))"
@@ -108,7 +108,7 @@ def start(folder: Path, code: Path, call: str, *around: str, **variables: str) -
 
 
 def run(cpu: str | None, code: Path) -> dict[str, str]:
-    """What `probe` finds with the code of that folder, on this CPU or on an emulated one."""
+    """The result of `probe` with the code of that folder, on this CPU or on an emulated one."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
         process = start(Path(folder), code, "probe()", *(["qemu-x86_64", "-cpu", cpu] if cpu else []))
@@ -126,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not shutil.which("qemu-x86_64"):
         sys.exit("error: qemu-x86_64 is missing: apt-get install qemu-user")
-    code = Path(tempfile.mkdtemp(prefix="cpus-")) / "clone"  # which is not edited during the slow runs
+    code = Path(tempfile.mkdtemp(prefix="cpus-")) / "clone"  # the working tree may be edited during the runs
     clone(code)
     here, other = run(None, code), 0
     for cpu in arguments.cpus:

@@ -1,5 +1,5 @@
-"""Feed damaged, odd and hostile inputs to what reads a user's files, and odd settings to the samplers: each ends in a
-result or in a reported fault.
+"""Feed damaged, odd and hostile inputs to the readers of a user's files, and odd settings to the samplers: each ends in
+a result or in a reported fault.
 
     python -m tests.robustness.fuzz --examples 5000
     python -m tests.robustness.fuzz --only images --examples 100000 --seed 7
@@ -138,7 +138,7 @@ def mutated(tree: Any, changes: list[tuple[str, list[float], Any]]) -> Any:
 
 
 def outcome(read: Callable[[], object]) -> str:
-    """Whether `read` gave a result, or reported what is wrong in lines that can be shown."""
+    """Check that `read` returns a result, or reports the fault in lines that a terminal can show."""
     try:
         read()
     except UserError as fault:
@@ -149,7 +149,7 @@ def outcome(read: Callable[[], object]) -> str:
 
 
 def scratch() -> Path:
-    """A new folder in memory, where there is one."""
+    """A new folder, in memory if possible."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
 
@@ -254,7 +254,7 @@ def parameter_file(changes: list[tuple[str, float, bytes]]) -> str:
 
 @cache
 def pictures() -> list[tuple[str, int, bytes]]:
-    """Like photographs, in formats that show where a part is lost: the format, the start of the pixels, the file."""
+    """Images like photographs, in formats that detect a lost part: the format, the start of the pixels, the file."""
     found = []
     y, x = np.mgrid[:144, :192]
     for grain in (10, 30):
@@ -323,7 +323,7 @@ NAME = st.one_of(*[TEXT] * 20, BINARY).filter(lambda name: name not in ("", ".",
 
 
 def one_by_one(function: Callable[[str], Any], files: list[str], chunk: int, label: str) -> Iterator[list[Any]]:
-    """In the place of `in_parallel`: starting processes takes a hundred times longer than the rest."""
+    """Replaces `in_parallel`: starting processes takes a hundred times longer than the rest."""
     for start in range(0, len(files), chunk):
         yield [function(file) for file in files[start : start + chunk]]
 
@@ -338,7 +338,7 @@ def image_folders(case: dict[str, Any]) -> str:
                 path = folder.joinpath("data", *parents, f"{name}.{extension}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(corpus[int(which * len(corpus))])
-            except (OSError, UnicodeEncodeError):  # a file where a folder is wanted, or no name for this file system
+            except (OSError, UnicodeEncodeError):  # a file where a folder is needed, or a name that is invalid here
                 continue
         dataset = Dataset(**params()["dataset"] | case["dataset"] | {"name": "folder", "path": str(folder / "data")})
         with (
@@ -366,7 +366,7 @@ HELD_OUT = ("test", "TEST", "test1", "val", "valid", "Validation", "held_out")
 
 
 def folder_layouts(case: dict[str, Any]) -> str:
-    """Each image has a colour of its own, so that the prepared pixels say where it went."""
+    """Each image has its own colour, so that the prepared pixels show where it went."""
     folder = scratch()
     try:
         places: list[str] = []
@@ -412,7 +412,7 @@ def where_they_went(prepared: Path, places: list[str], dataset: Dataset, printed
     labels = np.bincount(data.train.labels, minlength=classes).tolist()
     assert (labels if classes else []) == info["class_counts"] and all(info["class_counts"]), "a class has no image"
     if dataset.subset is None and "left out" not in printed:
-        assert train | test == set(places), "an image is lost without a word"
+        assert train | test == set(places), "an image is lost silently"
 
 
 def models(changes: dict[str, Any]) -> str:
@@ -469,7 +469,7 @@ def states(case: tuple[list[tuple[str, float, bytes]], bool, bool]) -> str:
                 assert isinstance(kept, np.ndarray)
                 return "result"
             loaded = state.load()
-            assert loaded is not None  # the one before is whole
+            assert loaded is not None  # the previous state is whole
             return "result" if loaded.get("step") == 2 else "reported"
     finally:
         shutil.rmtree(folder)
@@ -501,7 +501,7 @@ ARGUMENT = st.sampled_from(
 
 @st.composite
 def transform(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
-    """A class that is allowed, its arguments left out, suitable or anything."""
+    """An allowed class, with its arguments missing, suitable or arbitrary."""
     name = draw(st.sampled_from(allowed_names(TRANSFORM)))
     node: dict[str, Any] = {"_target_": f"{TRANSFORM.module}.{name}"}
     for argument in argument_names(TRANSFORM, name):
@@ -516,7 +516,7 @@ def transform(draw: st.DrawFn, depth: int = 2) -> dict[str, Any]:
 
 
 def transform_lists(case: tuple[list[dict[str, Any]], int]) -> str:
-    """A list that is taken gives uint8 images, or float32 in [0, 1]; any other is refused, in a step if not before."""
+    """An accepted list gives uint8 images, or float32 in [0, 1]; any other is refused, in a step if not before."""
     nodes, channels = case
     split = Images(np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8), np.zeros(6, int))
     tree = json.loads(json.dumps(params()))
@@ -641,7 +641,7 @@ CHECKS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
 
 
 def fuzz(name: str, examples: int, number: int | None = None) -> Counter[str]:
-    """Try that many inputs, and count how they ended. `number`: a seed; None for the same inputs each time."""
+    """Try so many inputs, and count how they ended. `number`: a seed; None for the same inputs each time."""
     strategy, check_one = CHECKS[name]
     counts: Counter[str] = Counter()
 

@@ -47,7 +47,7 @@ OVERRIDES = (
 )
 Aim = tuple[str, str, str | None]  # target, signal, and the stage to wait for
 CHECKED = ("dvc.lock", "params.yaml", "results")
-GRACE = 15.0  # seconds in which what has lost its parent, or was signalled to stop, has to be gone
+GRACE = 15.0  # seconds in which a process that has lost its parent, or was signalled, has to end
 PATIENCE = 300.0  # seconds for any one command
 
 
@@ -57,12 +57,12 @@ class BrokenPromise(Exception):  # noqa: N818
 
 @dataclass
 class Tally:
-    """What was done, for the table at the end."""
+    """The counts for the table at the end."""
 
     kills: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # command, target, signal
     during: Counter[str] = field(default_factory=Counter)  # the stage that was running
     rounds: Counter[str] = field(default_factory=Counter)
-    resumed: int = 0  # trainings that went on from a state
+    resumed: int = 0  # trainings that resumed from a state
     detached: int = 0  # times that dvc left the branch of the checkout
     longest: float = 0.0  # seconds that a victim outlived its kill
 
@@ -104,10 +104,10 @@ class Ground:
     def dvc(self, *arguments: str) -> str:
         return run(self.folder, self.env, "dvc", *arguments)
 
-    # Who is there
+    # The processes
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that was started in the clone and still runs, however it is called and whoever its parent is."""
+        """Every process that was started in the clone and still runs, whatever its name and parent."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -125,21 +125,21 @@ class Ground:
     # One round
 
     def reset(self) -> None:
-        """Back to the start: no outputs and no cache, but all that earlier kills left in .dvc/tmp, .git and .state."""
+        """Reset the clone: no outputs, no cache, but keep what earlier kills left in .dvc/tmp, .git and .state."""
         self.git("symbolic-ref", "HEAD", "refs/heads/main")
         self.git("reset", "-q", "--hard", "start")
         self.git("clean", "-fdqx", *(part for kept in ("/.dvc", "/.state", "/wandb") for part in ("-e", kept)))
         shutil.rmtree(self.folder / ".dvc/cache", ignore_errors=True)
 
     def round(self, names: list[str], aims: list[Aim | None]) -> None:
-        """One run, killed under each of the commands but the last, which brings it to its end, and checked."""
+        """Do one run, killed under each of the commands but the last, which completes it; then check it."""
         self.reset()
         self.env["WANDB_MODE"] = self.draw.choice(["disabled", "disabled", "offline"])
         self.log.write_bytes(b"")
         before = self.experiments()
         for name, aim in zip(names[:-1], aims, strict=True):
             if self.attempt(name, before, kill=True, aim=aim):
-                break  # it was done before its time had come
+                break  # the command ended before the moment of the kill
         else:
             name = names[-1]
             if not self.attempt(name, before, kill=False):
@@ -159,7 +159,7 @@ class Ground:
             if name == "queue":
                 if started.wait(PATIENCE):
                     raise BrokenPromise("the experiment could not be queued")
-                # (not into a pipe: the worker holds its other end until all is done)
+                # (not into a pipe: the worker keeps its other end open until all is done)
                 worker = ["dvc", "queue", "start", "-j", "1"]
                 subprocess.run(worker, cwd=self.folder, env=self.env, stdout=log, stderr=log, check=True)
                 self.await_worker()
@@ -177,7 +177,7 @@ class Ground:
             log.write(text)
 
     def kill(self, name: str, started: subprocess.Popen[bytes], aim: Aim | None) -> None:
-        """Draw whom and how, wait for the moment, kill, and see that no victim stays."""
+        """Draw target and signal, wait for the moment, kill, and check that every victim ends."""
         if aim is None:
             target, how = self.draw.choice(TARGETS), self.draw.choice(SIGNALS)
             aim = target, how, self.draw.choice(STAGES) if target == "stage" else None
@@ -194,7 +194,7 @@ class Ground:
                 time.sleep(share * self.duration / len(STAGES))
                 break
         if not running():
-            return  # it was done before its time had come
+            return  # the command ended before the moment of the kill
         present = self.stage()
         if target == "stage":
             if present is None:
@@ -223,10 +223,10 @@ class Ground:
         self.append(f"\n--- {how} to the {target} of {name} during {during}\n")
         print(f"{count:4} {name:15} {how:8} {target:6} during {during}", flush=True)
         if target != "stage" and (name == "queue" if how == "SIGTERM" else how == "SIGINT" and target == "dvc"):
-            return  # by its own design dvc lets the stage, or the worker its task, come to its end
+            return  # by design, dvc lets the stage end, and the worker its task
         started_at = time.monotonic()
         if self.draw.random() < 0.5 and name != "queue":
-            return  # run again at once; whatever lingers is found at the end of the round
+            return  # run again at once; lingering processes are found at the end of the round
         # (not psutil's own waiting, which would take the exit code of dvc away from its Popen)
         while (alive := [p for p in victims if lives(p)]) and time.monotonic() < started_at + GRACE:
             time.sleep(0.02)
@@ -245,7 +245,7 @@ class Ground:
         return any("exec-run" in command_line(p) for p in self.processes())
 
     def await_worker(self) -> None:
-        """Until the worker, which starts in the background, has begun the experiment."""
+        """Wait until the worker, which starts in the background, has begun the experiment."""
         deadline = time.monotonic() + PATIENCE
         while not self.queue_runs():
             if time.monotonic() > deadline:
@@ -259,7 +259,7 @@ class Ground:
             if self.experiments() - before:
                 return True
             quiet = 0 if self.queue_runs() else quiet + 1
-            if quiet > 10:  # longer than a worker takes to collect what was made
+            if quiet > 10:  # longer than a worker takes to collect the outputs
                 return False
             time.sleep(0.5)
         raise BrokenPromise(f"the queue did not end:\n{self.dvc('queue', 'status')}")
@@ -273,10 +273,10 @@ class Ground:
     # The promise
 
     def check(self, name: str, before: set[str]) -> None:
-        """The bytes are the reference's, no process is left, and the next command finds no obstacle.
+        """Check that the bytes are the reference's, no process is left, and the next command works.
 
         Raises:
-            BrokenPromise: one of these is not so.
+            BrokenPromise: one of these does not hold.
         """
         log = self.log.read_text(errors="replace")
         self.tally.resumed += log.count("resuming at step")
@@ -308,7 +308,7 @@ class Ground:
             raise BrokenPromise(f"other bytes than those of an untouched run:\n{difference}")
 
     def leftovers(self) -> list[psutil.Process]:
-        """Who is left some seconds after the end, the worker of a queue apart, which waits for more."""
+        """The processes left some seconds after the end, except the worker of a queue, which waits for more."""
         deadline = time.monotonic() + GRACE
         while left := [p for p in self.processes() if not {"queue-worker", "start"} & set(command_line(p))]:
             if time.monotonic() > deadline:
@@ -317,7 +317,7 @@ class Ground:
         return []
 
     def close(self) -> None:
-        """End what this script has started, by its mark."""
+        """End the processes that this script has started, by their mark."""
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):  # ended by itself, or with its parent
                 process.kill()
@@ -355,7 +355,7 @@ def described(process: psutil.Process) -> str:
 
 
 def run_kills(ground: Ground, kills: int, commands: list[str]) -> None:
-    """Rounds by the commands in turn until so many kills are done."""
+    """Do rounds with the commands in turn until so many kills are done."""
     turn = 0
     while (done := sum(ground.tally.kills.values())) < kills:
         times = min(ground.draw.randint(1, 4), kills - done)

@@ -1,4 +1,4 @@
-"""A clone in a folder of its own, for checks that run the whole pipeline and must not touch the working tree."""
+"""A clone in its own folder, for checks that run the whole pipeline and must not touch the working tree."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """The environment of a user's shell, without what would reach another run; DVC's own files go beside `folder`."""
+    """The environment of a user's shell, without variables that affect other runs; DVC's files go beside `folder`."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "WANDB", "GIT_", "COV"))}
     who = {f"GIT_{role}_{what}": "test" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     paths = {
@@ -23,7 +23,7 @@ def run(folder: Path, env: dict[str, str], *command: str, check: bool = True) ->
     """The output of a command that is run in the clone, stdout and stderr together.
 
     Raises:
-        RuntimeError: it failed and `check` is set.
+        RuntimeError: the command failed and `check` is set.
     """
     done = subprocess.run(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -34,8 +34,8 @@ def run(folder: Path, env: dict[str, str], *command: str, check: bool = True) ->
 
 
 def clone(folder: Path) -> None:
-    """HEAD, as a new repository on the branch `main`; a note on the terminal where the working tree differs."""
-    # (with its history: from a temporary workspace of a shallow clone dvc brings no experiment back)
+    """Clone HEAD as a new repository on the branch `main`; print a note if the working tree differs."""
+    # (with its history: dvc brings no experiment back from a temporary workspace of a shallow clone)
     subprocess.run(["git", "clone", "-q", "--no-local", str(ROOT), str(folder)], check=True)
     subprocess.run(["git", "switch", "-q", "-C", "main"], cwd=folder, check=True)
     if subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode:

@@ -26,7 +26,7 @@ def test_threads_and_loader_workers_change_no_byte_of_any_stage(tmp_path: Path) 
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         found.append(json.loads((folder / "found").read_text()))
-        del found[-1][PROVENANCE]  # which holds the parameters
+        del found[-1][PROVENANCE]  # it holds the parameters
     assert found[0] == found[1]
     parts = {Path(name).parts[0] for name in found[0]}
     assert parts == {"data", "models", "samples", "results", "gradients at 32 pixels"}

@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def rerun(folder: Path, env: dict[str, str], threads: int | None = None, workers: int | None = None) -> None:
-    """`dvc repro -f` in the clone, under these conditions."""
+    """Run `dvc repro -f` in the clone, under these conditions."""
     around: list[str] = []
     if threads is not None:
         env = env | dict.fromkeys(LIBRARIES, str(threads))
@@ -59,7 +59,7 @@ def rerun(folder: Path, env: dict[str, str], threads: int | None = None, workers
 
 
 def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) -> list[str]:
-    """One line per stage; that of a stage with other bytes starts with "OTHER"."""
+    """One line per stage; the line of a stage with other bytes starts with "OTHER"."""
     lines = []
     for stage, outs in before.items():
         different = [path for path, content in outs.items() if after[stage].get(path) != content]

@@ -1,3 +1,6 @@
+import inspect
+import sysconfig
+
 import pytest
 import torch
 
@@ -85,6 +88,7 @@ def test_the_module_computes_nothing_when_it_is_imported():
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_auto_takes_no_machine_dependent_kernel_if_reproducible(monkeypatch, kind):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(device, "compile_fault", lambda _: None)
     train, where = Train(**composed("train.channels_last=auto")["train"]), torch.device(kind)
     exact = choose_kernels(train, runtime(kind, True, 1), where, steps=10**6)
     assert exact == Kernels("fp32", torch.contiguous_format, compile=False)
@@ -92,6 +96,75 @@ def test_auto_takes_no_machine_dependent_kernel_if_reproducible(monkeypatch, kin
     assert fast.precision == ("bf16" if kind == "cuda" else "fp32")
     assert (fast.memory_format == torch.channels_last) is fast.compile is (kind == "cuda")
     assert not choose_kernels(train, runtime(kind, False, 1), where, steps=1000).compile  # over before it has paid
+
+
+@pytest.mark.parametrize(("kind", "has_bf16", "taken"), [
+    ("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16"),  # the last: T4, P100, V100
+])  # fmt: skip
+def test_auto_takes_fp16_where_a_gpu_has_no_bf16(monkeypatch, kind, has_bf16, taken):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    train = Train(**composed()["train"])
+    assert choose_kernels(train, runtime(kind, False, 1), torch.device(kind), steps=1).precision == taken
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A machine with a GPU, a C compiler, a C++ compiler and Python's headers, and no more."""
+    for name in ("gcc", "g++", "headers/Python.h"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path / "headers")})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(device, "find_spec", lambda _: object())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "fault"),
+    [
+        ("cuda", "gcc", "gcc or clang is needed, and not there; apt-get install gcc"),
+        ("cuda", "headers/Python.h", "/headers/Python.h is needed, and not there; apt-get install python3-dev"),
+        ("cpu", "g++", "g++ is needed, and not there; apt-get install g++"),
+        ("cpu", "headers/Python.h", "/headers/Python.h is needed"),
+    ],
+)
+def test_what_the_compiler_lacks_is_seen_before_the_first_step(compiler, capsys, kind, missing, fault):
+    train, where = Train(**composed()["train"] | {"compile": True}), torch.device(kind)
+    assert choose_kernels(train, runtime(kind, True, 1), where, steps=1).compile
+    (compiler / missing).unlink()
+    with pytest.raises(UserError, match=r"^params.yaml: train.compile = true: .*; or set it to false$") as caught:
+        choose_kernels(train, runtime(kind, True, 1), where, steps=1)
+    assert fault in str(caught.value)
+    capsys.readouterr()
+    auto = train.model_copy(update={"compile": "auto", "precision": "fp32"})
+    assert not choose_kernels(auto, runtime(kind, False, 1), where, steps=10**6).compile
+    out = capsys.readouterr().out
+    assert (f"train.compile = auto: not compiled: {device.compile_fault(where)}\n" in out) is (kind == "cuda")
+    assert ", not compiled\n" in out
+
+
+def test_the_compiler_that_the_environment_names_is_looked_for(compiler, monkeypatch):
+    monkeypatch.setenv("CC", "icx")
+    assert str(device.compile_fault(torch.device("cuda"))).startswith("CC = 'icx' is no program")
+    (compiler / "icx").touch(mode=0o755)
+    (compiler / "gcc").unlink()
+    assert device.compile_fault(torch.device("cuda")) is None
+
+
+def test_triton_and_a_gpu_that_it_works_on_are_asked_for(compiler, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 0))
+    assert "compute capability 7.0" in str(device.compile_fault(torch.device("cuda")))
+    monkeypatch.setattr(device, "find_spec", lambda _: None)
+    assert "Triton is not installed" in str(device.compile_fault(torch.device("cuda")))
+
+
+def test_triton_looks_for_the_compilers_that_are_checked():
+    build = pytest.importorskip("triton.runtime.build")
+    text = inspect.getsource(build)
+    assert all(name in text for name in ('"CC"', '"gcc"', '"clang"', "posix_prefix", '["include"]'))
 
 
 def test_explicit_kernel_settings_are_taken_and_printed(capsys):
@@ -102,7 +175,16 @@ def test_explicit_kernel_settings_are_taken_and_printed(capsys):
     assert capsys.readouterr().out == "training in bf16, channels last, compiled\n"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), None])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+        MemoryError("Unable to allocate 8.00 EiB for an array"),
+        None,
+    ],
+)
 def test_out_of_memory_is_reported_with_the_settings_that_help(error):
     def allocate():
         if error:

@@ -12,9 +12,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.run
 from omegaconf import OmegaConf
 
+from ddpm.config.schema import Runtime
+from ddpm.errors import UserError
 from ddpm.files import write_file
+from ddpm.runtime import processes
 from stages import evaluate, prepare_data, sample, train
 from tests.conftest import ROOT, composed
 from tests.support.stages import SETTINGS
@@ -163,6 +169,53 @@ def test_a_run_of_one_machine_resumes_on_two_with_the_same_curve(place):
     assert out.count("one of 2 processes") == out.count("resuming at step") == 1
     assert len(untouched) == 40
     np.testing.assert_allclose(loss_curve(place), untouched, rtol=1e-4)
+
+
+LOST = "another process of the run has ended"
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (dist.DistBackendError("NCCL error:\n system error"), "NCCL failed: NCCL error: system error"),
+        (dist.DistNetworkError("Connection reset by peer"), LOST),
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), LOST),
+    ],
+    ids=["NCCL", "network", "gloo"],
+)
+def test_a_fault_between_processes_ends_in_one_line(monkeypatch, error, what):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes, "join", lambda: None)
+    with pytest.raises(UserError) as caught, processes.as_worker():
+        raise error
+    assert str(caught.value) == f"process 0: {what}; run the same command to resume"
+
+
+@pytest.mark.parametrize(("gpus_here", "count", "noted"), [(1, 2, True), (2, 2, False), (0, 2, False)])
+def test_more_processes_than_gpus_are_noted_in_one_line(monkeypatch, capsys, gpus_here, count, noted):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus_here)
+    monkeypatch.setattr(processes.gpus, "take", lambda *_: [])
+    monkeypatch.setattr(processes.gpus, "names", lambda: [])
+    monkeypatch.setattr(torch.distributed.run, "run", lambda _: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("sys.argv", ["stages/train.py"])
+    processes.launch(Runtime(**composed()["runtime"] | {"launcher": "torchrun", "processes": count}))
+    line = (
+        "runtime.processes = 2: more than the GPUs of this machine, 1, so processes share them, which is slower than "
+        "one process per GPU\n"
+    )
+    assert capsys.readouterr().out == line * noted
+
+
+@pytest.mark.parametrize(("gpus_here", "backend"), [(0, "gloo"), (1, "gloo"), (2, "cpu:gloo,cuda:nccl")])
+def test_processes_that_share_a_gpu_do_not_use_nccl(monkeypatch, gpus_here, backend):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus_here)
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, timeout: asked.append(kind))
+    monkeypatch.setattr(processes, "_joined", False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    processes.join()
+    assert asked == [backend]
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(place):

@@ -1,4 +1,4 @@
-"""evaluate, on a few images and a network that was not trained."""
+"""The stage evaluate, on a few images and an untrained network."""
 
 import hashlib
 import json
@@ -42,13 +42,13 @@ def images(count, seed):
 
 
 def drawn(seed, count=24, **changes):
-    """The samples of a seed, as the stage sample would draw them."""
+    """The samples of a seed, as drawn by the stage sample."""
     settings = check(composed(*SETTINGS)).sample.model_copy(update={"seed": seed, "count": count} | changes)
     return draw(small_unet(), GaussianDiffusion(DIFFUSION), settings)
 
 
 def distance(samples):
-    """To the reference, which is all of the data."""
+    """The distance to the reference, which is all of the data."""
     real = np.concatenate([np.load(f"data/prepared/{split}/images.npy") for split in ("train", "test")])
     return distances.frechet_distance(*(distances.Normal(x.reshape(len(x), -1)) for x in (samples, real))).value
 
@@ -81,7 +81,7 @@ def inside(tmp_path, monkeypatch):
 
 
 def split(name, count):
-    """Replace the images of a split by this many others."""
+    """Replace the images of a split by so many others."""
     np.save(f"data/prepared/{name}/images.npy", images(count, seed=count + 1000 * len(name)))
     np.save(f"data/prepared/{name}/labels.npy", np.zeros(count, dtype=np.int64))
 
@@ -96,7 +96,7 @@ def rows():
     return json.loads(Path("results/evaluate/fd_by_nfe.json").read_text())
 
 
-def test_a_second_run_gives_the_same_bytes_and_no_path_is_in_them(inside):
+def test_a_second_run_gives_the_same_bytes_without_paths(inside):
     run()
     before = {name: Path("results/evaluate", name).read_bytes() for name in OUTPUTS}
     torch.manual_seed(1)
@@ -165,7 +165,7 @@ def averages(inside):
     return others
 
 
-def test_other_averages_are_measured_by_as_many_samples_of_the_same_noise(averages):
+def test_other_averages_are_measured_from_the_same_noise(averages):
     alone, page = run(), Path("results/evaluate/card.md").read_text()
     values = run(*LIVE)
     assert {name: values[name] for name in alone} == alone
@@ -200,26 +200,26 @@ def test_drawing_by_other_averages_resumes_where_it_was_killed(averages, monkeyp
             assert run(*LIVE) == values
             break
     assert left >= 0
-    assert batches > 5  # it was killed on the way
+    assert batches > 5  # the run was killed on the way
     images = [name for name in draws if "-images-" in name]
     assert len(images) == len(set(images)) == 2 * 3
     assert len(draws) == len(set(draws))
 
 
-def test_an_average_that_the_folder_lacks_is_refused_before_any_work(averages):
+def test_a_missing_average_is_refused_before_any_work(averages):
     Path("models/ddpm/unet/diffusion_pytorch_model.live.safetensors").unlink()
     with pytest.raises(UserError, match=r"^params\.yaml: evaluate\.ema_widths = 0\.0: .*; leave it out$"):
         run(*LIVE)
     assert not Path(".state").exists()
 
 
-def test_without_a_curve_the_headline_is_its_one_point(inside):
+def test_without_a_curve_the_samples_are_its_only_point(inside):
     values = run()
     headline = {name: values[name] for name in ("frechet_distance", "frechet_distance_se")}
     assert rows() == [{"sampler": "dpm_solver", "nfe": 4} | headline]
 
 
-def test_the_curve_has_a_point_for_each_sampler_and_number_of_steps(inside):
+def test_the_curve_has_a_point_per_sampler_and_number_of_steps(inside):
     run(
         "evaluate.nfe_curve=[{sampler: ddim, steps: [2, 5]}, {sampler: ddpm, steps: [3]}]",
         "sample.variance=fixed_large",
@@ -275,7 +275,7 @@ def network(inside):
     return ("evaluate=dinov2", *name, "evaluate.reference=all")
 
 
-def test_features_of_a_network_are_measured_and_its_weights_named(network):
+def test_a_networks_features_are_measured_and_its_weights_named(network):
     values = run(*network)
     assert values["frechet_distance"] > values["frechet_distance_floor"] > 0
     card = Path("results/evaluate/card.md").read_text()
@@ -313,12 +313,12 @@ def test_other_weights_are_another_extractor(network):
 
 def test_pixels_of_few_images_are_not_kept(inside):
     run()
-    assert not Path(".cache").exists()
+    assert not Path(".cache/features").exists()
 
 
 @pytest.mark.parametrize("reference", ["train", "test", "all"])
 def test_the_reference_is_as_large_as_stated(inside, reference):
-    """As if the data held no more images, but for the held-out loss."""
+    """The numbers are as if the data held no more images, except the held-out loss."""
     values = run("evaluate.reference_images=20", f"evaluate.reference={reference}", "evaluate.bound_images=0")
     assert values["reference_images"] == 20
     assert values["train_images"] == (13 if reference == "all" else 20)
@@ -330,7 +330,7 @@ def test_the_reference_is_as_large_as_stated(inside, reference):
     assert f"{values['train_images']} of 60 training images" in Path("results/evaluate/card.md").read_text()
 
 
-def test_a_copy_is_shown_beside_its_original_from_a_smaller_reference(inside):
+def test_a_copy_is_shown_with_its_original_in_a_small_reference(inside):
     train = np.load("data/prepared/train/images.npy")
     rows = np.linspace(0, 59, 20).astype(int)
     np.save("samples/images.npy", train[rows[5:]])
@@ -340,7 +340,7 @@ def test_a_copy_is_shown_beside_its_original_from_a_smaller_reference(inside):
 
 
 def test_samples_equal_to_the_reference_are_at_distance_zero(inside):
-    """Neither set is mirrored, scaled or read in another way than the other: noise images have no symmetry."""
+    """Neither set is mirrored, scaled or read differently from the other: noise images have no symmetry."""
     for reference in ("train", "test"):
         np.save("samples/images.npy", np.load(f"data/prepared/{reference}/images.npy"))
         values = run(f"evaluate.reference={reference}")
@@ -375,7 +375,7 @@ def test_few_images_give_what_is_defined_and_name_the_rest(inside, counts, sampl
     assert {path.name for path in Path("results/evaluate").iterdir()} == set(OUTPUTS)
 
 
-def test_a_reference_smaller_than_the_neighbours_is_still_measured(inside):
+def test_a_reference_below_the_neighbours_is_still_measured(inside):
     values = run("evaluate.neighbours=20", "sample.count=24", "evaluate.reference=test")
     assert {"precision", "recall"} <= set(values)
     split("test", 20)
@@ -421,7 +421,7 @@ def test_the_statistics_of_each_set_are_computed_once(inside, monkeypatch):
          r"models/ddpm: knows 3 classes, and data/prepared 0; run the stage train again"),
     ],
 )  # fmt: skip
-def test_samples_or_a_network_that_do_not_fit_are_refused_in_a_line(inside, make, fault):
+def test_misfitting_samples_or_networks_are_refused_in_a_line(inside, make, fault):
     make()
     with pytest.raises(UserError, match=fault) as refused:
         run()
@@ -429,7 +429,7 @@ def test_samples_or_a_network_that_do_not_fit_are_refused_in_a_line(inside, make
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "learned"])
-def test_a_learned_variance_has_the_simple_loss_and_the_bounds_part(inside, capsys, variance):
+def test_a_learned_variance_reports_both_parts_of_the_loss(inside, capsys, variance):
     plain = run()
     hybrid = DiffusionConfig(20, "cosine", "v", learn_variance=True)
     one, two = small_unet(), small_unet(out_channels=2)
@@ -477,7 +477,7 @@ def test_further_samples_have_the_classes_of_the_data(inside):
         run(*options, "sample.class_frequencies=data")
 
 
-def test_the_curve_takes_the_samplers_that_the_stage_sample_takes():
+def test_the_curve_accepts_the_samplers_of_the_stage_sample():
     assert NfeCurve.model_fields["sampler"].annotation == Sample.model_fields["sampler"].annotation
 
 

@@ -1,4 +1,4 @@
-"""The four stages one after the other, in a folder of their own, in this process."""
+"""The four stages one after the other, in their own folder, in this process."""
 
 import ctypes
 import errno
@@ -53,7 +53,7 @@ def test_samples_are_pixels_of_the_shape_of_the_data(made):
     images = np.load(made / "samples/images.npy")
     assert images.shape == (64, 8, 8, 1)
     assert images.dtype == np.uint8
-    assert images.max() > 200 > 50 > images.min()  # not left in [-1, 1], nor in one corner of the range
+    assert images.max() > 200 > 50 > images.min()  # not left in [-1, 1], and spread over the range
 
 
 def test_the_pictures_show_the_samples_and_their_denoising(made):
@@ -120,7 +120,7 @@ def test_a_conditional_model_of_data_without_classes_is_refused(inside, monkeypa
 
 
 class Killed(BaseException):
-    """What no handler catches, as SIGKILL."""
+    """An exception that no handler catches, like SIGKILL."""
 
 
 @pytest.mark.parametrize(
@@ -257,10 +257,10 @@ def test_samples_are_drawn_without_dropout(inside, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_is_an_error_of_the_system(inside):
     before = (inside / "samples/images.npy").read_bytes()
-    (inside / "samples/.images.npy.tmp").symlink_to("/dev/full")  # what is renamed at the end
+    (inside / "samples/.images.npy.tmp").symlink_to("/dev/full")  # the file that is renamed at the end
     with pytest.raises(OSError, match="No space left") as fault:
         run(sample)
-    assert fault.value.errno == errno.ENOSPC  # which run_stage reports in one line
+    assert fault.value.errno == errno.ENOSPC  # run_stage reports it in one line
     assert (inside / "samples/images.npy").read_bytes() == before
 
 
@@ -293,13 +293,13 @@ print(json.dumps(results))
 
 
 def without_power_over_files():
-    """Drop the capabilities by which root reads and writes anything, so that folders are read-only to root too."""
+    """Drop the capabilities by which root reads and writes anything, so that folders are read-only for root, too."""
     for capability in (1, 2):
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="root is bound by Linux's capabilities")
-def test_read_only_folders_and_full_disks_are_reported_in_one_line(made, tmp_path):
+def test_read_only_folders_and_full_disks_give_one_line(made, tmp_path):
     here = tmp_path / "here"
     shutil.copytree(made, here)
     few = (
@@ -335,7 +335,7 @@ def test_read_only_folders_and_full_disks_are_reported_in_one_line(made, tmp_pat
     assert not list(here.rglob("*.tmp"))
 
 
-def test_metrics_are_rounded_numbers_with_what_they_were_measured_on(made):
+def test_metrics_are_rounded_and_name_their_reference(made):
     metrics = json.loads((made / "results/evaluate/metrics.json").read_text())
     assert metrics["samples"] == 64
     assert metrics["reference_images"] == 1797

@@ -1,4 +1,4 @@
-"""The stage as dvc runs it: a process in a folder with params.yaml."""
+"""The stage prepare_data as dvc runs it: a process in a folder with params.yaml."""
 
 import os
 import signal

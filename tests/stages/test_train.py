@@ -1,4 +1,4 @@
-"""The stage with loader workers, as dvc runs it: a fault or a signal ends in one line, whichever process it reaches."""
+"""The stage train with loader workers, as dvc runs it: a fault or signal in any process ends in one line."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def started(folder: Path, transform: str) -> subprocess.Popen[str]:
-    """The stage with two workers, in a process group of its own, as a terminal starts it; it trains for minutes."""
+    """The stage with two workers, in its own process group, as a terminal starts it; it trains for minutes."""
     settings = ("+experiment=smoke", "runtime.threads=1", "train.steps=20000", "train.workers=2")
     tree = composed(*settings, f"train.transforms=[{transform}]")
     (folder / "params.yaml").write_text(OmegaConf.to_yaml(tree))
@@ -55,7 +55,7 @@ def until_it_trains(process: subprocess.Popen[str]) -> None:
 
 
 def errors_of(process: subprocess.Popen[str]) -> list[str]:
-    """The lines on its stderr, without those of progress."""
+    """The lines on the stage's stderr, without those of progress."""
     _, errors = process.communicate(timeout=60)
     return [line for line in errors.splitlines() if not line.startswith("train: ")]
 
@@ -82,10 +82,10 @@ def test_a_signal_to_all_processes_saves_and_ends_in_one_line(place: Path, signu
 def test_a_worker_that_is_killed_ends_the_training_in_one_line(place: Path) -> None:
     process = started(place, FLIP)
     until_it_trains(process)
-    psutil.Process(process.pid).children()[0].kill()  # as the kernel does where memory ends
+    psutil.Process(process.pid).children()[0].kill()  # as the kernel does when memory runs out
     (line,) = errors_of(process)
     assert process.returncode == 1
-    # torch has two sentences, of which comes the one that its signal handler or its queue notices first
+    # torch has two sentences: its signal handler's or its queue's, whichever notices first
     noticed = r"DataLoader worker \(pid(\(s\))? \d+\) (is killed by signal: Killed|exited unexpectedly)"
     assert re.match(rf"error: params.yaml: train.workers = 2: {noticed}; lower it, or free memory", line)
 

@@ -13,18 +13,18 @@ from dvc.repo import Repo
 from tests.conftest import ROOT
 
 VENV = Path(sys.executable).parents[1]
-INSTALLED = f"VENV='{VENV}' -o '{VENV}/.run' -o '{VENV}/.dev'"  # make takes this environment for up to date
+INSTALLED = f"VENV='{VENV}' -o '{VENV}/.run' -o '{VENV}/.dev'"  # make treats this environment as up to date
 # one thread, as other tests run at the same time; fewer timesteps, each of which the bound evaluates
 SMOKE = ("-S", "+experiment=smoke", "-S", "runtime.threads=1", "-S", "diffusion.timesteps=100")
 
 
 class Clone:
-    """A clone of the working tree, in a folder of its own, with a clean environment."""
+    """A clone of the working tree, in its own folder, with a clean environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("DVC", "WANDB", "COV"))}
-        # as a user has it: bytecode is written, which must not count as a change of ddpm/
+        # like a user's: bytecode is written, which must not count as a change of ddpm/
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
         self.env |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -72,13 +72,13 @@ def make_clone(folder: Path) -> Clone:
 
 
 def git_clone(source: Path, folder: Path) -> Clone:
-    """What someone else gets from git: no output that DVC holds, and a cache of their own, empty."""
+    """Someone else's clone from git: without the outputs that DVC holds, and with an empty cache of its own."""
     subprocess.run(["git", "clone", "-q", source, folder], check=True)
     return Clone(folder)
 
 
 def wait_for_queue(clone: Clone) -> None:
-    """Until no experiment waits or runs; asked in this process, as a `dvc queue status` takes a second of CPU."""
+    """Wait until no experiment is queued or running; asked in this process: `dvc queue status` is slow."""
     with Repo(str(clone.folder)) as repo:
         queue, deadline = repo.experiments.celery_queue, time.monotonic() + 600
         while any(queue.iter_queued()) or any(queue.iter_active()):

@@ -1,4 +1,4 @@
-"""A search of two trials with two seeds each, as a file of conf/search/ says it."""
+"""A search of two trials with two seeds each, as in a file of conf/search/."""
 
 from typing import Any
 

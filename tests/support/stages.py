@@ -15,6 +15,6 @@ SETTINGS = ("+experiment=smoke", "train.steps=24", "diffusion.timesteps=100", "r
 
 
 def run(stage: ModuleType, *overrides: str) -> None:
-    """Run a stage with these settings, and leave them in params.yaml."""
+    """Run a stage with these settings, which stay in params.yaml."""
     Path("params.yaml").write_text(OmegaConf.to_yaml(composed(*SETTINGS, *overrides)))
     stage.main(load_params(stage.SECTIONS))

@@ -28,7 +28,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8
 
 
 class Curves(Tracker):
-    """The real tracker without W&B, which also keeps what it was given; it sends SIGTERM after the step `stop_at`."""
+    """The real tracker without W&B, which also keeps its records; it sends SIGTERM after the step `stop_at`."""
 
     def __init__(self, folder: Path, stop_at: int | None = None) -> None:
         super().__init__(str(folder), Tracking(wandb="disabled", project="test"), {}, "run", "train")
@@ -50,7 +50,7 @@ class Curves(Tracker):
 
 
 def train(folder: Path, *overrides: str, **options: Any) -> tuple[UNet, Curves]:
-    """As `train_all`: the first average, and what was recorded."""
+    """Like `train_all`: the first average, and the records."""
     averages, tracker = train_all(folder, *overrides, **options)
     return next(iter(averages.values())), tracker
 
@@ -66,10 +66,10 @@ def train_all(
     learn_variance: bool = False,
     held_out_images: np.ndarray | None = None,
 ) -> tuple[dict[float, UNet], Curves]:
-    """Train 12 steps, or as the overrides say: the averages by their widths, and what was recorded.
+    """Train 12 steps, or as the overrides say: the averages by their widths, and the records.
 
     Args:
-        folder: the curves are in its folder `name`, the state in state-`name`.
+        folder: holds the curves in the folder `name`, the state in state-`name`.
         stop_at: the step after whose record SIGTERM is sent.
         network: changes to `small_unet`.
         held_out_images: None: `images`.

@@ -1,4 +1,4 @@
-"""What W&B has written to its log of a run."""
+"""Read the log that W&B has written of a run."""
 
 import json
 from collections.abc import Iterable, Iterator

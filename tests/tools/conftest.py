@@ -11,8 +11,8 @@ A, B = (0.050, 0.051, 0.052, 0.049), (0.090, 0.094, 0.089, 0.091)
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """Learning rates 0.002 (main and three further seeds) and 0.02 (four), one run of 0.005 which is the lowest of all,
-    another sampler with two seeds of its samples, another kind of prediction, and other code."""
+    """Learning rates 0.002 (main and three further seeds) and 0.02 (four seeds), one run of 0.005 with the lowest
+    distance, another sampler with two seeds of its samples, another kind of prediction, and other code."""
     made = Repository(Path(tmp_path_factory.mktemp("compare") / "repository"))
     for seed in range(1, 4):
         made.experiment(f"a{seed}", {"frechet_distance": A[seed], "recall": 0.8 + seed / 100}, train__seed=seed)

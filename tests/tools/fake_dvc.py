@@ -1,7 +1,7 @@
-"""Stands in for dvc where a test is about who runs what: an experiment takes a fraction of a second.
+"""Replaces dvc where a test is about who runs what: an experiment takes a fraction of a second.
 
-It is in git as DVC has it, and its number follows from its parameters. $RUNS is the log of what was begun and finished;
-$PACE is how long a run takes, in seconds. tests/pipeline/test_search.py has the real dvc.
+The experiment is stored in git as DVC stores it; its number depends on its parameters. $RUNS is the log of begun and
+finished runs; $PACE is how long a run takes, in seconds. tests/pipeline/test_search.py runs the real dvc.
 """
 
 import json

@@ -81,14 +81,14 @@ class Repository:
         (self.folder / "dvc.lock").write_text(yaml.safe_dump(lock))
 
     def commit(self, message: str, metrics: dict[str, float], code: str = "1\n", **changes: Any) -> str:
-        """A commit on main; gives its hash."""
+        """Make a commit on main; return its hash."""
         self._write(metrics, code, changes)
         self.git("add", "-A")
         self.git("commit", "-qm", message)
         return self.git("rev-parse", "HEAD")
 
     def experiment(self, name: str, metrics: dict[str, float], code: str = "1\n", **changes: Any) -> None:
-        """An experiment that started from HEAD. Parameters by `section__name`."""
+        """Make an experiment that started from HEAD. Parameters by `section__name`."""
         base = self.git("rev-parse", "HEAD")
         self._write(metrics, code, {key.replace("__", ".", 1): value for key, value in changes.items()})
         self.git("add", "-A")

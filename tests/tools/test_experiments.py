@@ -1,4 +1,4 @@
-"""Which runs are one group, and which numbers may be compared."""
+"""Which runs form a group, and which numbers may be compared."""
 
 from typing import ClassVar
 
@@ -53,7 +53,7 @@ def test_a_run_that_is_not_done_is_in_no_group():
     assert grouped([Run("x", "x", "failed", dict(PARAMS)), Run("y", "y", "queued", dict(PARAMS))]) == []
 
 
-def test_samples_of_one_training_count_as_one_where_there_are_several():
+def test_samples_of_one_training_are_averaged_first():
     runs = (run(fid=1), run(fid=2, sample__seed=1), run(fid=4, train__seed=1))
     assert sorted(Group(runs).values("frechet_distance")) == [1.5, 4.0]
 
@@ -62,13 +62,13 @@ def test_the_same_seeds_twice_are_one_draw():
     assert Group((run(fid=1), run(fid=3))).values("frechet_distance") == [2.0]
 
 
-def test_draws_of_one_training_spread_the_samples_numbers_and_no_others():
+def test_draws_of_one_training_vary_only_numbers_of_the_samples():
     group = Group((run(fid=1), run(fid=2, sample__seed=1)))
     assert group.values("frechet_distance") == [1.0, 2.0]
     assert group.values("held_out_loss") == [0.2]
 
 
-def test_draws_of_one_training_say_nothing_of_other_training_settings():
+def test_draws_of_one_training_do_not_compare_training_settings():
     a = Group((run(fid=1), run(fid=2, sample__seed=1)))
     sampler = Group((run(fid=3, sample__steps=9), run(fid=4, sample__seed=1, sample__steps=9)))
     training = Group((run(fid=3, model="n", optimizer__lr=1), run(fid=4, model="n", sample__seed=1, optimizer__lr=1)))
@@ -89,7 +89,7 @@ def test_a_parameter_is_shown_in_few_characters():
     assert [shown("x", value) for value in (1e-5, None, [3, 8], True)] == ["1e-05", "-", "[3, 8]", "true"]
 
 
-def test_what_a_distance_depends_on_are_settings_that_exist():
+def test_the_settings_of_a_distance_exist():
     tree = composed("evaluate=dinov2")
     names = [f"{section}.{name}" for section in ("dataset", "sample", "evaluate") for name in tree[section]]
     assert [prefix for prefix in DISTANCE if not any(name.startswith(prefix) for name in names)] == []

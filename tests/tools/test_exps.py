@@ -37,12 +37,12 @@ def words(*several: tuple[float, ...]) -> list[str | None]:
     return [found.get(i) for i in range(len(several))]
 
 
-def test_the_best_mean_of_several_seeds_is_the_best_and_no_lucky_run():
+def test_the_best_is_a_mean_over_seeds_and_not_a_lucky_run():
     assert words(A, B, (0.03,)) == ["best", "worse", "one run: not known"]
     assert words(B, A, (0.0505, 0.0495)) == ["worse", "cannot be distinguished", "best"]
 
 
-def test_with_one_run_each_nothing_is_said():
+def test_with_one_run_each_nothing_is_concluded():
     assert words((0.1,), (0.2,)) == [None, None]
 
 
@@ -55,14 +55,14 @@ def test_the_higher_recall_is_the_better():
     assert beside_the_best(made, "recall").words == {0: "worse", 1: "best"}
 
 
-def test_p_is_welchs_and_is_corrected_for_the_comparisons_with_the_best():
+def test_p_is_welchs_and_corrected_for_all_comparisons():
     found = beside_the_best(groups(A, (0.05, 0.056, 0.054), B), "frechet_distance")
     assert found.p[1] == pytest.approx(stats.ttest_ind(A, (0.05, 0.056, 0.054), equal_var=False).pvalue)
     assert found.corrected[2] == pytest.approx(2 * found.p[2])
     assert found.corrected[1] == pytest.approx(found.p[1])
 
 
-def test_equal_groups_are_ruled_out_no_more_often_than_the_level():
+def test_equal_groups_are_seldom_called_worse():
     import numpy as np
 
     rng, wrong = np.random.default_rng(0), 0
@@ -96,7 +96,7 @@ def test_seeds_are_one_row_with_mean_standard_error_and_n(repository, monkeypatc
 
 
 @pytest.mark.process
-def test_one_run_has_the_error_of_its_evaluation_and_a_note_says_which_is_which(tmp_path, monkeypatch, capsys):
+def test_one_run_has_the_error_of_its_evaluation_and_a_note(tmp_path, monkeypatch, capsys):
     made = Repository(tmp_path / "repository")
     for seed in (1, 2):
         made.experiment(f"s{seed}", {"frechet_distance": 0.05 + seed / 100}, train__seed=seed)
@@ -121,7 +121,7 @@ def test_the_p_value_is_shown_on_request_and_each_run_too(repository, monkeypatc
 
 
 @pytest.mark.process
-def test_by_a_parameter_sorts_by_it_and_draws_it(repository, monkeypatch, capsys, tmp_path):
+def test_by_sorts_by_a_parameter_and_draws_the_metric(repository, monkeypatch, capsys, tmp_path):
     out = tmp_path / "new/by.png"
     text = printed(repository, monkeypatch, capsys, "--by", "optimizer.lr", "--out", str(out))
     lines = [
@@ -145,7 +145,7 @@ def test_by_a_parameter_sorts_by_it_and_draws_it(repository, monkeypatch, capsys
         ),
     ],
 )
-def test_what_cannot_be_compared_by_is_refused_in_one_line(repository, monkeypatch, capsys, arguments, words):
+def test_a_parameter_without_a_comparison_is_refused_in_one_line(repository, monkeypatch, capsys, arguments, words):
     with pytest.raises(SystemExit) as stop:
         printed(repository, monkeypatch, capsys, *arguments)
     assert words in str(stop.value) and "\n" not in str(stop.value)

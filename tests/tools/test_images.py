@@ -1,4 +1,4 @@
-"""`make images`: the samples of a revision as PNG files, all or those that were asked for."""
+"""`make images`: the samples of a revision as PNG files, all or some of them."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def test_every_sample_is_written_pixel_for_pixel(samples, monkeypatch):
             assert np.array_equal(np.asarray(picture), pixels[..., 0])
 
 
-def test_only_those_asked_for_are_written(samples, monkeypatch):
+def test_only_the_requested_samples_are_written(samples, monkeypatch):
     assert written(monkeypatch, "--only", "5 0-1") == ["00000.png", "00001.png", "00005.png"]
 
 
@@ -54,7 +54,7 @@ def test_files_are_named_after_the_classes_that_the_samples_have(samples, monkey
     assert written(monkeypatch) == [f"0000{i}_{names[i % 2]}.png" for i in range(6)]
 
 
-def test_samples_of_a_class_can_be_asked_for(samples, monkeypatch):
+def test_samples_of_a_class_can_be_requested(samples, monkeypatch):
     with_classes()
     assert written(monkeypatch, "--classes", "dog", "--only", "0-3") == ["00001_dog.png", "00003_dog.png"]
 
@@ -63,12 +63,12 @@ def test_samples_of_a_class_can_be_asked_for(samples, monkeypatch):
     ("arguments", "words"),
     [
         (["--only", "6"], "ONLY = 6: 6 is beyond the 6 samples, 0 to 5"),
-        (["--only", "3-1"], "3-1 is no number and no range"),
-        (["--only", "-1"], "-1 is no number and no range"),
-        (["--classes", "dog"], "CLASS = dog: no sample is of it; the model is unconditional"),
+        (["--only", "3-1"], "3-1 is neither a number nor a range"),
+        (["--only", "-1"], "-1 is neither a number nor a range"),
+        (["--classes", "dog"], "CLASS = dog: no sample has this class; the model is unconditional"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(samples, monkeypatch, arguments, words):
+def test_a_missing_sample_or_class_is_refused_in_one_line(samples, monkeypatch, arguments, words):
     arguments = [f"{arguments[0]}={arguments[1]}"]
     with pytest.raises(SystemExit) as stop:
         written(monkeypatch, *arguments)

@@ -1,4 +1,4 @@
-"""The runs of a search: why one failed, how far one is, and what an exchange needs."""
+"""The runs of a search: why a run failed, how far it is, and what an exchange needs."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from tools.common.runs import CURVE, Experiments, points, reason_in
         ("train: 1/9\rtrain: 2/9\nerror: it diverged\nERROR: failed to reproduce 'train'\n", "it diverged"),
         ("ERROR: failed to reproduce 'train': exited with -9\nmore\n", "failed to reproduce 'train': exited with -9"),
         ("one\n\ntwo\n", "two"),
-        ("", "it printed nothing"),
+        ("", "the command printed nothing"),
     ],
 )
 def test_the_reason_is_the_stages_own_error_if_there_is_one(text, reason):
@@ -40,7 +40,7 @@ def test_a_curve_is_read_while_it_is_written(tmp_path, monkeypatch):
     assert points("s-0-s1") == []
 
 
-def test_the_curve_that_a_search_reads_is_the_one_that_the_stage_train_writes(tmp_path, monkeypatch):
+def test_a_search_reads_the_curve_that_the_stage_train_writes(tmp_path, monkeypatch):
     plots = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["plots"]
     assert str(CURVE) in [name for plot in plots if isinstance(plot, dict) for name in plot]
     monkeypatch.chdir(tmp_path)
@@ -62,7 +62,7 @@ def test_an_exchange_without_its_remotes_is_refused(tmp_path, monkeypatch):
     for arguments in (["init", "-q"], [*author, "commit", "-qm", "x", "--allow-empty"]):
         subprocess.run(["git", *arguments], check=True)
     Experiments(None)
-    with pytest.raises(UserError, match="remote = origin: is no remote of this clone: git remote add origin <address>"):
+    with pytest.raises(UserError, match="remote = origin: is not a remote of this clone: git remote add origin <"):
         Experiments("origin")
     subprocess.run(["git", "remote", "add", "origin", "/nowhere"], check=True)
     with pytest.raises(UserError, match="the outputs need a DVC remote, too: dvc remote add"):

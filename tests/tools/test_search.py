@@ -82,7 +82,7 @@ def names(trials: int, seeds: int = 2) -> list[str]:
 
 
 @pytest.mark.process
-def test_a_search_runs_its_budget_with_every_seed_and_then_nothing(clone):
+def test_a_search_runs_its_budget_with_every_seed_and_stops(clone):
     code, out, err = clone.search()
     assert code == 0, err
     assert clone.experiments() == names(2) and clone.log("begin") == Counter(names(2))
@@ -91,12 +91,12 @@ def test_a_search_runs_its_budget_with_every_seed_and_then_nothing(clone):
     assert clone.log("begin") == Counter(names(2)), "a finished search has run again"
     clone.ask(trials=3)
     assert clone.search()[0] == 0
-    assert clone.log("begin") == Counter(names(3)), "a larger budget goes on"
+    assert clone.log("begin") == Counter(names(3)), "a larger budget did not continue the search"
 
 
 @pytest.mark.process
-def test_the_slurm_array_of_the_docs_shares_a_search_between_its_tasks(clone, tmp_path):
-    """Its script as it stands, but for the storage, with what Slurm sets: two tasks at once."""
+def test_the_slurm_tasks_of_the_docs_share_a_search(clone, tmp_path):
+    """The script as documented, except for the storage, with Slurm's variables: two tasks at once."""
     (text,) = re.findall(r"```\n(#!/bin/bash\n#SBATCH --array.*?)```", (ROOT / "docs/search.md").read_text(), re.DOTALL)
     home, script = tmp_path / "my home", tmp_path / "array.sh"
     script.write_text(text.replace("postgresql://me@host/searches", f"'{tmp_path}/journal'"))
@@ -110,7 +110,7 @@ def test_the_slurm_array_of_the_docs_shares_a_search_between_its_tasks(clone, tm
     for name, command in (("python", f'"{sys.executable}" "$@"'), ("srun", '"$@"')):
         (programs / name).write_text(f"#!/bin/sh\nexec {command}\n")
         (programs / name).chmod(0o755)
-    (tmp_path / "scratch/search-1.new").mkdir(parents=True)  # of a task that was killed while it cloned
+    (tmp_path / "scratch/search-1.new").mkdir(parents=True)  # left by a task that was killed while it cloned
     own = {"HOME": str(home), "SCRATCH": str(tmp_path / "scratch")}
 
     def task(number: int) -> subprocess.Popen:
@@ -124,7 +124,7 @@ def test_the_slurm_array_of_the_docs_shares_a_search_between_its_tasks(clone, tm
 
 
 @pytest.mark.process
-def test_a_failed_trial_keeps_its_reason_and_no_settings_are_run_twice(clone):
+def test_a_failed_trial_keeps_its_reason_and_nothing_runs_twice(clone):
     clone.ask(space={"optimizer.lr": {"choices": [0.01, 0.001]}}, trials=5)
     code, out, err = clone.search()
     assert code == 0, err
@@ -147,7 +147,7 @@ def test_a_hopeless_trial_is_stopped_early_by_its_held_out_loss(clone):
     clone.ask(space={"optimizer.lr": {"choices": rates}}, trials=3, prune_after=2, prune_from=0.5)
     journal = open_storage(str(clone.folder / ".search/journal.log"))
     clone.env["PACE"] = "6"  # a point every 1.2 s
-    # two that are finished: this search has run them before
+    # two finished trials, which this search has run before
     search = Search.model_validate(SEARCH | {"space": {"optimizer.lr": {"choices": rates}}})
     known = Study(search, journal, "other", clone.git("rev-parse", "HEAD").strip())
     rate = optuna.distributions.CategoricalDistribution(list(map(str, rates)))
@@ -157,15 +157,15 @@ def test_a_hopeless_trial_is_stopped_early_by_its_held_out_loss(clone):
         known.study.add_trial(optuna.trial.create_trial(value=0.0, intermediate_values=points, **made))
     code, out, err = clone.search()
     assert code == 0, err
-    # after half of the training and not before; the curve of the commit, which is there at first, does not count
+    # not before half of the training; the curve of the commit, which the folder holds at first, does not count
     assert ": stopped early: held-out loss 0.0075 at step 30\n" in out
     (name,) = clone.log("begin")
     assert name.endswith("-s0") and not clone.experiments()
-    assert not list((clone.folder / ".dvc/tmp/exps/standalone").glob("*")), "its folder is left behind"
+    assert not list((clone.folder / ".dvc/tmp/exps/standalone").glob("*")), "the run's folder is left behind"
 
 
 @pytest.mark.process
-def test_runs_of_another_question_are_not_taken_for_results(clone):
+def test_runs_of_another_search_are_not_used_as_results(clone):
     clone.ask(trials=1)
     assert clone.search()[0] == 0
     clone.ask(seeds=[0, 1, 2])
@@ -181,7 +181,7 @@ def test_runs_of_another_question_are_not_taken_for_results(clone):
 
 
 @pytest.mark.process
-def test_a_remote_that_cannot_be_reached_is_refused_before_anything_runs(clone):
+def test_an_unreachable_remote_is_refused_before_anything_runs(clone):
     clone.git("remote", "add", "origin", "/nowhere/at/all")
     clone.ask(remote="origin")
     code, _, err = clone.search()
@@ -190,7 +190,7 @@ def test_a_remote_that_cannot_be_reached_is_refused_before_anything_runs(clone):
 
 
 @pytest.mark.process
-def test_one_clone_takes_one_worker(clone):
+def test_a_clone_has_at_most_one_worker(clone):
     clone.env["PACE"] = "5"
     first = clone.start()
     while not clone.log("begin"):
@@ -220,12 +220,12 @@ def test_a_stopped_search_resumes_and_runs_nothing_twice(clone, signum):
     assert clone.experiments() == names(2)
     assert clone.log("end") == Counter(names(2))
     again = {name for name, count in clone.log("begin").items() if count > 1}
-    assert again == set(begun) - set(ended), "what had ended has run again"
+    assert again == set(begun) - set(ended), "a finished run has run again"
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_three_workers_share_a_search_while_they_are_killed_at_random(clone, tmp_path):
+def test_three_workers_share_a_search_despite_random_kills(clone, tmp_path):
     """Each budget place is used once, and each run ends once, however often a worker is killed."""
     hosted = tmp_path / "hosted.git"
     trials, rng = 8, random.Random(0)
@@ -246,6 +246,6 @@ def test_three_workers_share_a_search_while_they_are_killed_at_random(clone, tmp
     ends = [worker.communicate() for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0, 0], ends
     for one in clones:
-        one.search()  # the last to end may have pushed after the others looked
+        one.search()  # the last worker may have pushed after the others had fetched
         assert one.experiments() == names(trials)
     assert clone.log("end") == Counter(names(trials))

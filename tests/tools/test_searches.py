@@ -1,4 +1,4 @@
-"""The files of conf/search/: what they may ask for."""
+"""The files of conf/search/: which settings they may hold."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tools.common.searches import composed, read_search, typed
 
 @pytest.fixture
 def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/, as links, but for the folder of searches."""
+    """A copy of conf/, as links, except the folder of searches."""
     monkeypatch.chdir(tmp_path)
     Path("conf/search").mkdir(parents=True)
     for path in (ROOT / "conf").iterdir():
@@ -44,7 +44,7 @@ def test_every_search_of_the_repository_could_run(monkeypatch, name):
         ({"space": {"optimizer.lr": {"choices": [1], "log": True}}}, "with one choice or more"),
         ({"space": {"optimizer.rate": {"choices": [1]}}}, "space.optimizer.rate = 1: "),
         ({"space": {"train.grad_clip": {"low": -1.0, "high": 1.5}}}, "space.train.grad_clip = -1.0: its runs would be"),
-        ({"space": {"train.seed": {"choices": [0, 1]}}}, "space.train.seed: is what `seeds` sets"),
+        ({"space": {"train.seed": {"choices": [0, 1]}}}, "space.train.seed: is set by `seeds`"),
         ({"space": {"sample.count": {"choices": [10, 20]}}}, "trials could not be compared"),
         ({"overrides": ["+experiment=none"]}, "space.optimizer.lr = "),
         (
@@ -53,7 +53,7 @@ def test_every_search_of_the_repository_could_run(monkeypatch, name):
         ),
     ],
 )
-def test_a_wrong_search_is_refused_in_a_line_that_names_the_setting(conf, changes, words):
+def test_a_wrong_search_is_refused_with_the_setting(conf, changes, words):
     (conf / "x.yaml").write_text(yaml.safe_dump(SEARCH | changes))
     with pytest.raises(UserError) as fault:
         read_search("x")
@@ -61,7 +61,7 @@ def test_a_wrong_search_is_refused_in_a_line_that_names_the_setting(conf, change
     assert all(line.startswith("conf/search/x.yaml: ") for line in str(fault.value).splitlines())
 
 
-def test_a_search_that_is_not_there_is_refused_with_those_that_are(conf):
+def test_a_missing_search_is_refused_with_the_existing_ones(conf):
     (conf / "digits.yaml").write_text(yaml.safe_dump(SEARCH))
     with pytest.raises(
         UserError, match=r"SEARCH = digit: there is no conf/search/digit.yaml \(did you mean digits\?\)"

@@ -24,13 +24,13 @@ def test_the_standard_error_divides_by_n_minus_one():
     assert number([1.0, 3.0]) == "2.0 ± 1.0"
 
 
-def test_the_decimals_follow_from_the_error_and_one_value_has_its_own():
+def test_decimals_follow_from_the_error_even_of_a_single_value():
     assert number([0.0505, 0.0493], 9.0) == "0.04990 ± 0.00060"
     assert number([0.0505], 0.003) == "0.0505 ± 0.0030"
     assert number([12.3456], 1.24) == "12.3 ± 1.2"
 
 
-def test_the_difference_is_b_minus_a_with_scipys_p_and_its_interval():
+def test_the_difference_is_b_minus_a_with_scipys_p_and_interval():
     a, b = [1.0, 2.0, 4.0], [7.0, 9.0, 8.0, 8.5]
     found = welch(a, b)
     assert found is not None
@@ -39,7 +39,7 @@ def test_the_difference_is_b_minus_a_with_scipys_p_and_its_interval():
     assert found.low < found.value < found.high
 
 
-def test_an_interval_leaves_zero_out_exactly_where_p_is_below_the_level():
+def test_an_interval_excludes_0_exactly_if_p_is_below_the_level():
     rng = np.random.default_rng(0)
     for shift in np.linspace(0, 3, 60):
         found = welch(list(rng.normal(0, 1, 4)), list(rng.normal(shift, 2, 5)))
@@ -54,7 +54,7 @@ def test_holms_correction_is_the_published_one_in_any_order():
     assert holm([]) == []
 
 
-def test_the_seeds_that_are_asked_for_settle_it_four_times_in_five():
+def test_the_seeds_needed_settle_a_difference_four_times_in_five():
     a, b = [0.0, 1.0, 2.0], [1.5, 2.5, 3.5]  # standard deviations of 1, and a difference of 1.5
     n = seeds_needed(a, b)
     assert n == 9  # the textbook's n for an effect of 1.5, at 0.05 and 80 %
@@ -64,5 +64,5 @@ def test_the_seeds_that_are_asked_for_settle_it_four_times_in_five():
     assert 0.78 < power < 0.86
 
 
-def test_a_difference_far_below_the_spread_needs_more_seeds_than_can_be_run():
+def test_a_difference_far_below_the_spread_needs_too_many_seeds():
     assert seeds_needed([0.0, 1.0], [0.001, 1.001]) is None

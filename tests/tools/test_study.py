@@ -1,4 +1,4 @@
-"""The trials of a search in Optuna's storages: who has which, how many there are, which one is hopeless."""
+"""The trials of a search in Optuna's storages: which worker has which, how many there are, which are hopeless."""
 
 import threading
 from collections import Counter
@@ -23,7 +23,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "new/journal") if request.param == "journal" else f"sqlite:///{tmp_path}/trials.db"
 
 
-def test_a_killed_workers_trial_is_its_own_after_a_restart_with_its_values(address):
+def test_a_restarted_worker_resumes_its_trial_with_its_values(address):
     trial = study(open_storage(address)).next()
     again = study(open_storage(address))
     (mine,) = again.unfinished()
@@ -31,7 +31,7 @@ def test_a_killed_workers_trial_is_its_own_after_a_restart_with_its_values(addre
     assert study(open_storage(address), "b").unfinished() == []
 
 
-def test_a_trial_killed_before_it_had_values_gets_them_then(address):
+def test_a_trial_killed_before_it_had_values_gets_them_later(address):
     one = study(open_storage(address))
     one._create()
     (mine,) = study(open_storage(address)).unfinished()
@@ -45,7 +45,7 @@ def test_a_lost_workers_trials_can_be_adopted(address):
     assert other.adopt("lost") == 0
 
 
-def test_workers_at_once_take_the_budget_once_and_no_settings_twice(tmp_path):
+def test_parallel_workers_use_the_budget_once_without_repeats(tmp_path):
     address, taken = str(tmp_path / "journal"), []
     space = {"optimizer.lr": {"choices": [i / 1000 for i in range(1, 30)]}}
 
@@ -63,12 +63,12 @@ def test_workers_at_once_take_the_budget_once_and_no_settings_twice(tmp_path):
     assert max(Counter(taken).values()) == 1
     done = study(open_storage(address), "x", trials=12, space=space)
     assert len(done.trials()) <= 12
-    while trial := done.next():  # two that met may both have withdrawn
+    while trial := done.next():  # two workers with the same settings may both have withdrawn
         done.finish(trial, [1.0, 2.0])
     assert len(done.trials()) == 12 and all(t.state == TrialState.COMPLETE for t in done.trials())
 
 
-def test_a_space_of_choices_is_tried_whole_though_one_of_them_is_by_far_the_best():
+def test_every_choice_is_tried_even_if_one_is_by_far_the_best():
     space = {"optimizer.lr": {"choices": [i / 1000 for i in range(1, 25)]}}
     mine = study(optuna.storages.InMemoryStorage(), trials=20, space=space)
     while trial := mine.next():
@@ -84,7 +84,7 @@ def test_the_value_of_a_trial_is_the_mean_over_its_seeds():
 
 
 @pytest.mark.parametrize("change", [{"seeds": [0, 2]}, {"metric": "recall"}, {"overrides": ["train.steps=5"]}])
-def test_trials_of_another_question_are_not_mixed_in(change):
+def test_trials_of_another_search_are_not_mixed_in(change):
     storage = optuna.storages.InMemoryStorage()
     study(storage)
     study(storage, trials=99, prune_after=2)
@@ -103,7 +103,7 @@ def test_trials_of_another_question_are_not_mixed_in(change):
         ("/proc/none/journal", "storage = /proc/none/journal: cannot be opened"),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(address, words):
+def test_an_unreachable_storage_is_refused_without_its_password(address, words):
     with pytest.raises(UserError, match=words) as fault:
         open_storage(address)
     assert "secret" not in str(fault.value) and "\n" not in str(fault.value)
@@ -130,17 +130,17 @@ def test_a_loss_above_three_quarters_of_the_others_is_hopeless():
     assert not hopeless(CURVES, {40: 0.2})
 
 
-def test_nothing_is_hopeless_early_or_beside_few_others():
-    assert not hopeless(CURVES, {10: 9.0}), "before half of the training"
-    assert not hopeless(CURVES[:2], {40: 9.0}), "beside two others"
+def test_no_trial_is_hopeless_early_or_among_few():
+    assert not hopeless(CURVES, {10: 9.0}), "hopeless before half of the training"
+    assert not hopeless(CURVES[:2], {40: 9.0}), "hopeless beside two others only"
 
 
-def test_a_point_between_two_of_the_others_is_compared_with_the_one_before():
+def test_a_loss_between_two_points_uses_the_earlier_point():
     assert hopeless(CURVES, {30: 0.6})
     assert not hopeless(CURVES, {30: 0.5})
 
 
 @pytest.mark.parametrize("name", ["diffusion.prediction", "train.weighting", "train.noise_coupling"])
-def test_losses_on_another_scale_are_no_measure(name):
+def test_losses_on_another_scale_are_not_compared(name):
     assert hopeless(CURVES, {40: 9.0}, name, "first")
     assert not hopeless(CURVES, {40: 9.0}, name, "second")

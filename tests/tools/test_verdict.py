@@ -1,4 +1,4 @@
-"""One paragraph on two revisions: no more than the numbers say."""
+"""One paragraph on two revisions, which states no more than the numbers show."""
 
 import sys
 
@@ -33,7 +33,7 @@ def test_one_run_is_not_enough_to_know(repository, monkeypatch, capsys):
     assert "Whether lucky is better is not known" in text and "first 2 more seeds of lucky." in text
 
 
-def test_two_seeds_of_one_group_are_no_comparison(repository, monkeypatch, capsys):
+def test_two_seeds_of_one_group_are_not_compared(repository, monkeypatch, capsys):
     assert "seeds alone" in paragraph(repository, monkeypatch, capsys, "a1", "a3")
 
 

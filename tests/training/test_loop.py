@@ -22,7 +22,7 @@ from ddpm.training import held_out, loop
 from tests.conftest import composed, small_unet
 from tests.support.training import IMAGES, NAMES, SHALLOW, TWO_CLASSES, same, split_of, train, train_all
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
 STILL = SHALLOW | {"dropout": 0.0}
 run = partial(train, network=SHALLOW)
 
@@ -150,8 +150,41 @@ def test_no_memory_left_is_reported_with_the_settings_that_help(tmp_path, monkey
         return torch.empty(2**60)
 
     monkeypatch.setattr(GaussianDiffusion, "losses", losses)
-    with pytest.raises(UserError, match=r"^out of memory: raise train.accumulation .*activation_checkpointing"):
+    with pytest.raises(UserError, match=r"^out of memory: set train.accumulation=2 .*activation_checkpointing"):
         run(tmp_path)
+
+
+def test_a_run_without_memory_resumes_in_the_same_bytes(tmp_path, monkeypatch):
+    saves = "train.save_every_seconds=1e-9"
+    whole, _ = run(tmp_path, saves)
+    original, steps = GaussianDiffusion.losses, []
+
+    def losses(*arguments):
+        steps.append(torch.is_grad_enabled())
+        if sum(steps) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(*arguments)
+
+    monkeypatch.setattr(GaussianDiffusion, "losses", losses)
+    with pytest.raises(UserError, match=r"^out of memory: [^\n]*$"):
+        run(tmp_path, saves, name="cut")
+    resumed, _ = run(tmp_path, saves, name="cut")
+    assert len(steps) < 20 and same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("batch", "now", "more"),
+    [(64, 1, "2 (the same step in parts of 32 images)"), (12, 3, "6"), (9, 1, "3"), (6, 2, "6")],
+)
+def test_the_line_of_a_full_memory_names_an_accumulation_that_divides(batch, now, more):
+    settings = check(composed(f"train.batch_size={batch}", f"train.accumulation={now}")).train
+    assert loop.memory_advice(settings).startswith(f"set train.accumulation={more}")
+
+
+def test_where_nothing_is_left_to_divide_smaller_settings_are_named():
+    settings = ("train.batch_size=4", "train.accumulation=4", "train.activation_checkpointing=true")
+    params = check(composed(*settings, "train.precision=bf16"))
+    assert loop.memory_advice(params.train) == "lower train.batch_size or model.base_channels"
 
 
 def test_training_lowers_the_loss_and_records_the_curves(tmp_path):
@@ -320,7 +353,7 @@ def test_timesteps_are_uniform_and_noise_is_normal_at_every_step(tmp_path, train
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains(tmp_path, device, precision):
     _, curves = run(tmp_path, f"train.precision={precision}", device=device)
     assert all(math.isfinite(metrics["loss"]) for metrics in curves.logged.values())

@@ -9,11 +9,11 @@ import vl_convert
 from tools.common.experiments import METRICS, Group, shown
 from tools.common.statistics import mean, standard_error
 
-WIDE = 10  # largest value over smallest, from which on an axis is logarithmic
+WIDE = 10  # largest value / smallest, from which an axis is logarithmic
 
 
 def _axis(values: Sequence[Any], title: str) -> dict[str, Any]:
-    """Where the values of a parameter stand: numbers to scale, all else side by side."""
+    """The axis of a parameter: numbers to scale, all else side by side."""
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return {"field": "x", "type": "nominal", "title": title, "sort": None, "axis": {"labelAngle": 0}}
     wide = min(values) > 0 and max(values) / min(values) >= WIDE
@@ -77,6 +77,6 @@ def _wide(points: Sequence[dict[str, Any]]) -> bool:
 
 
 def by_parameter(path: Path, *chart: Any) -> None:
-    """Write the chart of `specification` as a PNG; the folder is made."""
+    """Write the chart of `specification` as a PNG; a missing folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(vl_convert.vegalite_to_png(specification(*chart), scale=1.5))

@@ -11,8 +11,8 @@ from dvc.utils.flatten import flatten
 
 from tools.common.statistics import mean
 
-# Two runs that differ in these alone are two draws of one thing. `evaluate.seed` is not among them: it is the ruler and
-# not what is measured. With another one, the same model and samples would count as a further draw.
+# Two runs that differ in these alone are two draws of one experiment. `evaluate.seed` is not among them: it belongs to
+# the measurement. If it were, the same model and samples with another `evaluate.seed` would count as a further draw.
 SEEDS = ("train.seed", "sample.seed")
 NUMBERS = "results/evaluate/metrics.json"
 MODEL, SAMPLES = "models/ddpm", "samples/images.npy"  # dependencies that follow from the seeds
@@ -27,12 +27,12 @@ DISTANCE = (
 
 
 class Metric(NamedTuple):
-    """A number of metrics.json: its heading, what is better, and between which runs it may be compared at all."""
+    """A number of metrics.json: its heading, which direction is better, and which runs it may be compared between."""
 
     heading: str
     sign: int  # 1: lower is better; -1: higher is better; 0: neither
     comparable: tuple[str, ...]  # these parameters, or all that start with one of them, must be equal
-    of_model: bool = False  # it does not depend on the samples
+    of_model: bool = False  # does not depend on the samples
 
 
 METRICS = {
@@ -43,7 +43,7 @@ METRICS = {
     "held_out_loss": Metric(
         "held-out loss",
         1,
-        # its scale is that of what is predicted, and the schedule says at which noise
+        # its scale depends on the prediction, and its noise levels on the schedule
         (
             "dataset.",
             *(f"diffusion.{name}" for name in ("prediction", "schedule", "timesteps", "beta")),
@@ -63,7 +63,7 @@ class Run:
     Attributes:
         state: success, failed, queued or running; only a run that is done has numbers of its own.
         params: by dotted name.
-        code: the hash of each dependency by path, data included; but not of what follows from the seeds.
+        code: the hash of each dependency by path, data included; without those that depend on the seeds.
         model: the hash of the model folder; empty where it is not known.
     """
 
@@ -77,12 +77,12 @@ class Run:
 
     @property
     def seeds(self) -> tuple[Any, ...]:
-        """Of the training and of the samples."""
+        """The seeds of the training and of the samples."""
         return tuple(self.params.get(name) for name in SEEDS)
 
 
 def read(revs: Sequence[str] = ("HEAD",)) -> list[Run]:
-    """Each of these commits, followed by the experiments that started from it, each run once.
+    """Each of these commits, followed by the experiments that started from it; no run twice.
 
     Raises:
         DvcException: there is no such revision.
@@ -106,8 +106,8 @@ def _run(state: Any, executor: Any, name: str | None) -> Run:
         return Run(name or state.rev[:7], state.rev, "failed")
     params = {key: value for file in data.params.values() for key, value in flatten(file.get("data", {})).items()}
     metrics: dict[str, float] = {}
-    if stage == "success":  # DVC gives the others the numbers of the commit that they started from
-        numbers = data.metrics.get(NUMBERS, {}).get("data")  # the training's own have other meanings
+    if stage == "success":  # DVC gives unfinished runs the numbers of the commit that they started from
+        numbers = data.metrics.get(NUMBERS, {}).get("data")  # the training's own metrics have other meanings
         metrics = {key: value for key, value in (numbers or {}).items() if isinstance(value, int | float)}
     code = {path: str(dep.hash) for path, dep in data.deps.items() if path not in (MODEL, SAMPLES)}
     model = str(data.deps[MODEL].hash or "") if MODEL in data.deps else ""
@@ -122,7 +122,7 @@ class Group:
 
     @property
     def params(self) -> dict[str, Any]:
-        """All but the seeds."""
+        """The parameters without the seeds."""
         return {name: value for name, value in self.runs[0].params.items() if name not in SEEDS}
 
     @property
@@ -132,13 +132,13 @@ class Group:
 
     @property
     def trainings(self) -> int:
-        """How many seeds of the training there are."""
+        """The number of different seeds of the training."""
         return len({run.seeds[0] for run in self.runs})
 
     def values(self, metric: str) -> list[float]:
         """Independent values of a metric: one per training, the mean over its samples.
 
-        Where all runs sample one training: one per seed of the samples, for a metric that depends on them. Runs with
+        If all runs sample one training: one per seed of the samples, for a metric that depends on them. Runs with
         the same seeds are one draw, and count once.
         """
         draws: dict[Any, dict[Any, list[float]]] = {}
@@ -151,7 +151,7 @@ class Group:
         return [mean(values) for values in trainings]
 
     def error(self, metric: str) -> float | None:
-        """The standard error that the evaluation gives a run's metric; of the first run that has the metric."""
+        """The standard error from the evaluation of a single run, the first that has the metric."""
         return next((run.metrics.get(f"{metric}_se") for run in self.runs if metric in run.metrics), None)
 
 
@@ -166,10 +166,10 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
 
 def check_metric(name: str) -> None:
-    """Refuse a name that is no metric, or one that has no better and worse.
+    """Refuse a name that is not a metric, or a metric that has no better and worse.
 
     Raises:
-        SystemExit: with a line that names those that have.
+        SystemExit: with a line that names the allowed metrics.
     """
     allowed = [known for known, metric in METRICS.items() if metric.sign]
     if name not in allowed:
@@ -177,13 +177,13 @@ def check_metric(name: str) -> None:
 
 
 def differing(several: Sequence[dict[str, Any]]) -> list[str]:
-    """The names whose values are not the same in all, in their order."""
+    """The names whose values differ between the mappings, in their order."""
     names = dict.fromkeys(name for one in several for name in one)
     return [name for name in names if any(one.get(name) != several[0].get(name) for one in several)]
 
 
 def not_comparable(a: Group, b: Group, metric: str) -> str | None:
-    """Why this metric of both groups is not one scale, or None where it is."""
+    """Why this metric of both groups cannot be compared, or None if it can."""
     different = [name for name in differing([a.params, b.params]) if name.startswith(METRICS[metric].comparable)]
     if different:
         return f"{', '.join(different)} differ{'s' * (len(different) == 1)}"
@@ -210,7 +210,7 @@ def compared(a: Group, b: Group, metric: str) -> tuple[list[float], list[float]]
 
 
 def shown(name: str, value: Any) -> str:
-    """A parameter in few characters: of a `_target_` the class alone."""
+    """A parameter's value in few characters: for a `_target_` the class name alone."""
     if name.endswith("_target_"):
         return str(value).rpartition(".")[2]
     if isinstance(value, bool | list):

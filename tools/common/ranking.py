@@ -19,10 +19,10 @@ def ranked(groups: Sequence[Group], metric: str) -> list[Group]:
 
 @dataclass
 class Ranking:
-    """Each group beside the best one, by its place in the list.
+    """The comparison of each group with the best one, by its place in the list.
 
-    `words` is empty where each group is one run: nothing is known then. `p` is Welch's, `corrected` Holm's for as many
-    comparisons with the best.
+    `words` is empty where each group is one run, since nothing is known then. `p` is Welch's p-value, `corrected` the
+    same by Holm's correction for all comparisons with the best.
     """
 
     words: dict[int, str] = field(default_factory=dict)

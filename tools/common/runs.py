@@ -28,11 +28,11 @@ OnPoint = Callable[[int, float], bool]  # a step and its loss; whether to stop t
 
 
 class RunError(Exception):
-    """A run that has ended without a result; the message is its reason in one line."""
+    """A run has ended without a result; the message is the reason in one line."""
 
 
 def git(*arguments: str, check: bool = True) -> str:
-    """What git prints; empty where it fails and `check` is off.
+    """The output of git; empty if git fails and `check` is off.
 
     Raises:
         UserError: git fails.
@@ -44,16 +44,16 @@ def git(*arguments: str, check: bool = True) -> str:
 
 
 def dvc(*arguments: str) -> str:
-    """Run dvc quietly; the reason where it fails, else nothing."""
+    """Run dvc quietly; return the reason if it fails, else an empty string."""
     done = subprocess.run(["dvc", *arguments], capture_output=True, text=True, check=False)
     return reason_in(done.stdout + done.stderr) if done.returncode else ""
 
 
 def origin() -> str:
-    """What all runs of a search have in common: the commit, and what is changed in its code and configuration.
+    """What all runs of a search share: the commit, and a hash of uncommitted changes in code and configuration.
 
     Raises:
-        UserError: this is no git repository with a commit.
+        UserError: this is not a git repository with a commit.
     """
     head = git("rev-parse", "HEAD")
     changes = git("diff", "HEAD", "--", "ddpm", "stages", "conf", "dvc.yaml", "requirements.txt", ":!conf/search")
@@ -75,12 +75,12 @@ class Experiments:
         if remote is None:
             return
         if remote not in git("remote").split():
-            raise UserError(f"remote = {remote}: is no remote of this clone: git remote add {remote} <address>")
+            raise UserError(f"remote = {remote}: is not a remote of this clone: git remote add {remote} <address>")
         if dvc("remote", "default"):
             raise UserError("remote: the outputs need a DVC remote, too: dvc remote add --default storage <address>")
 
     def metrics(self, name: str, params: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The numbers of an experiment; None: it is not here.
+        """The numbers of an experiment; None if the experiment is not here.
 
         Raises:
             UserError: an experiment of this name has other parameters than `params`.
@@ -95,7 +95,7 @@ class Experiments:
         return json.loads(git("show", f"{self._folder}{name}:{METRICS_FILE}"))
 
     def fetch(self, name: str) -> None:
-        """Get an experiment from the remote, without its outputs, if it is there.
+        """Fetch an experiment from the remote, without its outputs, if the remote has it.
 
         Raises:
             UserError: the remote cannot be reached, so that the run might happen twice.
@@ -104,14 +104,14 @@ class Experiments:
             raise UserError(f"{name}: is in {self._remote} and cannot be fetched: {reason}")
 
     def push(self, name: str) -> None:
-        """Send an experiment and its outputs to the remotes. Trouble is a warning: `exchange` tries again."""
+        """Push an experiment and its outputs to the remotes. A failure is a warning: `exchange` tries again."""
         if self._remote and (reason := dvc("exp", "push", self._remote, name)):
             print(f"warning: {name} is not pushed yet: {reason}", file=sys.stderr, flush=True)
 
     def exchange(self, study: str) -> str:
-        """Push the search's experiments that the remote lacks, and get those that are not here; why, where it fails.
+        """Push the search's experiments that the remote lacks, and fetch those that are not here; return why it failed.
 
-        The outputs of those that come stay in the DVC remote: `dvc exp pull` gets them.
+        The outputs of fetched experiments stay in the DVC remote: `dvc exp pull` gets them.
 
         Raises:
             UserError: the remote cannot be reached.
@@ -133,23 +133,23 @@ class Experiments:
 
 
 def run(name: str, overrides: list[str], on_point: OnPoint) -> bool:
-    """Run an experiment in a folder of its own, and show each point of its curve of held-out losses while it trains.
+    """Run an experiment in its own folder; pass each point of its held-out loss to `on_point` while it trains.
 
     A run that was stopped before it was done resumes from its state in .state/.
 
     Returns:
-        Whether it is done; else `on_point` has stopped it.
+        True: the run is done. False: `on_point` has stopped it.
 
     Raises:
-        RunError: it has failed.
-        UserError: a signal has stopped it.
+        RunError: the run has failed.
+        UserError: a signal has stopped the run.
     """
-    _remove_folders(name)  # of a run that was killed
+    _remove_folders(name)  # left by a run that was killed
     RUN_LOGS.mkdir(parents=True, exist_ok=True)
     log = RUN_LOGS / f"{name}.log"
     changes = [word for override in overrides for word in ("-S", override)]
     with log.open("wb") as out:
-        # in a group of its own, so that the stage is reached, too; and it dies with this process
+        # in its own process group, so that signals reach the stage, too; the run dies with this process
         process = subprocess.Popen(
             ["dvc", "exp", "run", "--temp", "--name", name, *changes],
             env=os.environ | {"PYTHONUNBUFFERED": "1"},  # the log is read while it is written
@@ -177,7 +177,7 @@ def _die_with_parent() -> None:
 
 
 def _watch(process: "subprocess.Popen[bytes]", name: str, log: Path, on_point: OnPoint) -> bool:
-    """Wait for the end of a run; whether `on_point` wants it stopped."""
+    """Wait for the end of a run; return whether `on_point` wants it stopped."""
     seen = -1
     while True:
         try:
@@ -186,7 +186,7 @@ def _watch(process: "subprocess.Popen[bytes]", name: str, log: Path, on_point: O
             pass
         else:
             return False
-        # until DVC has begun the stage, the file there is that of the commit
+        # until DVC has begun the stage, the file is the commit's
         for step, loss in points(name) if TRAINING in log.read_bytes() else []:
             if step > seen:
                 seen = step
@@ -211,12 +211,12 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def folders_of(name: str) -> list[Path]:
-    """The folder that DVC runs an experiment in; empty: not yet, or not any more."""
+    """The folder that DVC runs an experiment in; an empty list before and after the run."""
     found = []
     for file in Path(".dvc/tmp/exps/run").glob("*/*.run"):
         try:
             info = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # it is being written
+        except (OSError, ValueError):  # DVC is writing the file
             continue
         folder = Path(str(info.get("root_dir")))
         if info.get("name") == name and folder.is_dir():
@@ -241,8 +241,8 @@ def points(name: str) -> list[tuple[int, float]]:
 
 
 def reason_in(text: str) -> str:
-    """Why a command failed, in one line: the first error of a stage, or else the last that was printed."""
+    """Why a command failed, in one line: the first error of a stage, or else the last line that was printed."""
     lines = [line.strip() for chunk in text.splitlines() for line in chunk.split("\r") if line.strip()]
     faults = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     faults += [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (faults or lines[-1:] or ["it printed nothing"])[0]
+    return (faults or lines[-1:] or ["the command printed nothing"])[0]

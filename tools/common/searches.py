@@ -44,7 +44,7 @@ class Span(Section):
         return self
 
     def suggest(self, trial: Trial, name: str) -> Any:
-        """A trial's value: the one that it has, or a new one. A choice is what is typed after the equals sign."""
+        """A trial's value: the one that it has, or a new one. A choice is the text to type after the equals sign."""
         if self.choices is not None:
             return trial.suggest_categorical(name, [typed(choice) for choice in self.choices])
         assert self.low is not None and self.high is not None
@@ -53,12 +53,12 @@ class Span(Section):
         return trial.suggest_float(name, self.low, self.high, log=self.log, step=self.step)
 
     def ends(self) -> list[str]:
-        """The values that stand for all: each choice, or both ends."""
+        """The values to check: each choice, or both ends."""
         return [typed(value) for value in self.choices or [self.low, self.high]]
 
 
 class Search(Section):
-    """The settings of a search; conf/search/default.yaml says what each is for."""
+    """The settings of a search; conf/search/default.yaml explains each."""
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     storage: Annotated[str, Field(min_length=1)] | None
@@ -72,11 +72,11 @@ class Search(Section):
     space: Annotated[dict[str, Span], Field(min_length=1)]
 
     def decisive(self) -> dict[str, Any]:
-        """What makes the trials of two searches comparable: all but where they are kept, and the budget."""
+        """The settings on which the comparability of trials depends: all but the place of the trials and the budget."""
         return self.model_dump(include={"metric", "seeds", "overrides", "space"}, exclude_none=True)
 
     def run_overrides(self, params: Mapping[str, Any], seed: int) -> list[str]:
-        """What `dvc exp run -S` takes for a run of a trial."""
+        """The overrides for `dvc exp run -S` of one run of a trial."""
         own = [f"{name}={typed(value)}" for name, value in params.items()]
         return [*self.overrides, *own, *(f"{name}={seed}" for name in SEEDS)]
 
@@ -91,10 +91,10 @@ def typed(value: Any) -> str:
 
 
 def composed(overrides: Iterable[str]) -> dict[str, Any]:
-    """The parameters that `dvc exp run -S ...` would run with.
+    """The parameters that `dvc exp run -S ...` would compose.
 
     Raises:
-        UserError: an override that conf/ does not take.
+        UserError: conf/ does not accept an override.
     """
     try:
         with initialize_config_dir(str(Path("conf").resolve()), version_base=None):
@@ -113,7 +113,7 @@ def read_search(name: str) -> Search:
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-        raise UserError(f"SEARCH = {name}: there is no {path}{near(name, known)}; there are {', '.join(known)}")
+        raise UserError(f"SEARCH = {name}: there is no {path}{near(name, known)}; known: {', '.join(known)}")
     try:
         search = Search.model_validate(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
     except ValidationError as error:
@@ -132,7 +132,7 @@ def _line(path: Path, fault: Any) -> str:
 
 
 def _faults(search: Search) -> Iterable[str]:
-    """What the schema does not see: the metric, and values that the pipeline would refuse."""
+    """Faults that the schema cannot see: the metric, and values that the pipeline would refuse."""
     allowed = [name for name, metric in METRICS.items() if metric.sign]
     if search.metric not in allowed:
         yield f"metric = {search.metric!r}: should be one of {', '.join(allowed)}"
@@ -142,10 +142,10 @@ def _faults(search: Search) -> Iterable[str]:
         yield f"seeds = {search.seeds}: names a seed twice"
     for name, span in search.space.items():
         if name in SEEDS:
-            yield f"space.{name}: is what `seeds` sets"
+            yield f"space.{name}: is set by `seeds`"
             continue
         if name == "sample.count" or name.startswith(("evaluate", "dataset")):
-            yield f"space.{name}: changes what the numbers are measured with, so that trials could not be compared"
+            yield f"space.{name}: changes how the numbers are measured, so that trials could not be compared"
             continue
         for value in span.ends():
             try:

@@ -1,4 +1,4 @@
-"""Statistics of a few seeds: mean and standard error, Welch's test, Holm's correction, how many seeds are needed."""
+"""Statistics of a few seeds: mean and standard error, Welch's test, Holm's correction, the number of seeds needed."""
 
 import math
 import warnings
@@ -9,9 +9,9 @@ import numpy as np
 
 from ddpm.evaluation.card import measured
 
-LEVEL = 0.05  # of every test; intervals hold 1 - LEVEL
-POWER = 0.8  # with which the seeds that `seeds_needed` asks for settle a difference
-MOST_SEEDS = 1000  # beyond which a difference is called too small to settle
+LEVEL = 0.05  # of every test; intervals cover 1 - LEVEL
+POWER = 0.8  # the probability that as many seeds as `seeds_needed` returns settle a difference
+MOST_SEEDS = 1000  # a difference that needs more is called too small
 
 
 def mean(values: Sequence[float]) -> float:
@@ -28,7 +28,7 @@ def number(values: Sequence[float], own: float | None = None) -> str:
     """Mean ± standard error, as a table shows them: with as many decimals as the error has; empty for no value.
 
     Args:
-        own: the standard error of a single value by itself, if it is known.
+        own: the standard error of a single value from its own evaluation, if known.
     """
     if not values:
         return ""
@@ -48,13 +48,13 @@ class Difference(NamedTuple):
 def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
     """Welch's two-sided t-test: are the means of `a` and `b` equal, whatever their variances (Welch 1947)?
 
-    None where that cannot be known: one side has fewer than two values, or no side has any spread.
+    None where the test cannot answer: one side has fewer than two values, or neither has any spread.
     """
     if min(len(a), len(b)) < 2 or (max(a) == min(a) and max(b) == min(b)):
         return None
     from scipy import stats  # takes most of a second
 
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # that one side has no spread
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # the warning that one side has no spread
         result = stats.ttest_ind(b, a, equal_var=False)
     interval = result.confidence_interval(1 - LEVEL)
     return Difference(mean(b) - mean(a), float(interval.low), float(interval.high), float(result.pvalue))
@@ -63,7 +63,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference | None:
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's corrected p-values, in the order given (Holm 1979).
 
-    Calling a difference real where its corrected value is below LEVEL is wrong about any of them at most so often.
+    If every difference with a corrected value below LEVEL is called real, any is wrong with probability at most LEVEL.
     """
     corrected, largest = [0.0] * len(ps), 0.0
     for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
@@ -73,10 +73,10 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def seeds_needed(a: Sequence[float], b: Sequence[float]) -> int | None:
-    """How many seeds each side needs in all, for the difference and the spread seen so far to be settled.
+    """How many seeds each side needs in total to settle the difference, given the spread seen so far.
 
-    The smallest n for which Welch's test at LEVEL finds a difference of this size with probability POWER, where both
-    sides have n values and the variances of now. None: more than MOST_SEEDS.
+    The smallest n for which Welch's test at LEVEL finds a difference of this size with probability POWER, if both
+    sides have n values and the present variances. None: more than MOST_SEEDS.
     """
     from scipy import stats
 

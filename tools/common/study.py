@@ -23,13 +23,13 @@ from tools.common.searches import Search
 
 # attributes of a trial
 WORKER, VOID, REASON, VALUES = "worker", "void", "reason", "values"
-HOPELESS = 0.75  # a trial whose loss is worse than this share of the others' is stopped
-MOST_ATTEMPTS = 10  # to open a database in which other workers make the tables
+HOPELESS = 0.75  # a trial is stopped if its loss is worse than this share of the other trials' losses
+MOST_ATTEMPTS = 10  # to open a database while other workers create its tables
 CONNECTION = {"pool_pre_ping": True}  # a run takes longer than an idle connection may last
-MOST_PROPOSALS = 50  # settings in a row that were tried already: the space has no others, or nearly so
-MODEL_PROPOSALS = 10  # of them from Optuna's model, which proposes the best of a few choices again and again
-# Losses under different ones of these are on different scales: a network that has learned assigned noise knows the
-# independent noise of the held-out loss less well
+MOST_PROPOSALS = 50  # in a row that were tried already: the space has few other settings, or none
+MODEL_PROPOSALS = 10  # of these, from Optuna's model, which may propose the best of a few choices again and again
+# Losses with different values of these are on different scales: a network that was trained with assigned noise is worse
+# at the independent noise of the held-out loss
 SCALES = ("diffusion", "dataset", "train.weighting", "train.noise_coupling")
 
 
@@ -37,7 +37,7 @@ def open_storage(address: str) -> BaseStorage:
     """A file (Optuna's journal), or one of Optuna's databases by its URL.
 
     Raises:
-        UserError: it cannot be reached, or its driver is not installed. A password is not shown.
+        UserError: the storage cannot be reached, or its driver is not installed. A password is not shown.
     """
     shown = address
     try:
@@ -59,7 +59,7 @@ def open_storage(address: str) -> BaseStorage:
 
 
 def _database(address: str) -> RDBStorage:
-    """Open a database, and make its tables where there are none; of workers that start at once, some try again."""
+    """Open a database, and create missing tables; where several workers do so at once, some have to try again."""
     for _ in range(MOST_ATTEMPTS - 1):
         try:
             return RDBStorage(address, engine_kwargs=CONNECTION)
@@ -98,7 +98,7 @@ def _same_scale(a: FrozenTrial, b: FrozenTrial) -> bool:
 
 
 def _loss_at(trial: FrozenTrial, step: int) -> float | None:
-    """The loss of a trial at a step, or at the last one before it that was measured."""
+    """The loss of a trial at a step, or at the last measured step before it."""
     steps = [known for known in trial.intermediate_values if known <= step]
     return trial.intermediate_values[max(steps)] if steps else None
 
@@ -108,10 +108,10 @@ class Study:
 
     Args:
         worker: the name of this worker: it continues the trials that carry it.
-        origin: the commit and code that the trials run; all workers must have the same.
+        origin: the commit and code of the trials; all workers must have the same.
 
     Raises:
-        UserError: the storage cannot be reached, or holds a search of this name that asks for something else.
+        UserError: the storage cannot be reached, or holds a search of this name with other settings or code.
     """
 
     def __init__(self, search: Search, storage: BaseStorage, worker: str, origin: str) -> None:
@@ -127,7 +127,7 @@ class Study:
             load_if_exists=True,
             pruner=pruner,
         )
-        # another seed for each worker and each start: the same draws again would be settings that were tried already
+        # another seed for each worker and each start: the same draws would be settings that were tried already
         seed = derive(0, "search", *worker.encode(), len(self.study.get_trials(deepcopy=False)))
         self._samplers = TPESampler(seed=seed % 2**32, multivariate=True), RandomSampler(seed=seed % 2**32)
         self.study.sampler = self._samplers[0]
@@ -150,11 +150,11 @@ class Study:
                 )
 
     def trials(self) -> list[FrozenTrial]:
-        """All that count, in their order: those that were not withdrawn before they ran."""
+        """The trials that count, in order: all that were not withdrawn before they ran."""
         return [trial for trial in self.study.get_trials(deepcopy=False) if not trial.user_attrs.get(VOID)]
 
     def unfinished(self) -> list[Trial]:
-        """The trials that this worker was at when it was stopped."""
+        """The trials that this worker had begun when it was stopped."""
         return [
             Trial(self.study, trial._trial_id)
             for trial in self.trials()
@@ -162,16 +162,16 @@ class Study:
         ]
 
     def adopt(self, worker: str) -> int:
-        """Take over the unfinished trials of a worker that will not come back; their number."""
+        """Take over the unfinished trials of a worker that will not come back; return how many."""
         theirs = [t for t in self.trials() if t.state == TrialState.RUNNING and t.user_attrs.get(WORKER) == worker]
         for trial in theirs:
             Trial(self.study, trial._trial_id).set_user_attr(WORKER, self.worker)
         return len(theirs)
 
     def next(self) -> Trial | None:
-        """A new trial with its parameters, of settings that no other trial has; None: the budget is spent.
+        """A new trial with parameters that no other trial has; None: the budget is spent.
 
-        Each worker first writes its trial and then looks at those of the others, so that at least one of two that came
+        Each worker first writes its trial and then reads those of the others, so that at least one of two that came
         to the same settings, or to the last place of the budget, sees the other and withdraws.
         """
         for proposal in range(MOST_PROPOSALS):
@@ -209,7 +209,7 @@ class Study:
         return {name: span.suggest(trial, name) for name, span in self.search.space.items()}
 
     def points(self, trial: Trial) -> dict[int, float]:
-        """The losses that a trial has reported, by step: some, where it resumes."""
+        """The losses that a trial has reported, by step; not empty for a resumed trial."""
         return self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
 
     def fail(self, trial: Trial, reason: str) -> None:
@@ -223,6 +223,6 @@ class Study:
         self.study.tell(trial, state=TrialState.PRUNED)
 
     def finish(self, trial: Trial, values: Sequence[float]) -> None:
-        """Record the values of a trial's seeds; their mean is what the search goes by."""
+        """Record the values of a trial's seeds; the search uses their mean."""
         trial.set_user_attr(VALUES, list(values))
         self.study.tell(trial, float(np.mean(values)))

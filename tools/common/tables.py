@@ -10,7 +10,7 @@ UNBOUNDED = 10_000  # columns of a file or a pipe
 
 
 def print_whole(make: Callable[[bool], Table]) -> None:
-    """Print a table as wide as it is. Where a terminal is narrower, with what can stand on two lines on two.
+    """Print a table in its full width; on a narrower terminal, wrap the cells that can take two lines.
 
     Args:
         make: gives the table; its argument says whether cells may take two lines.
