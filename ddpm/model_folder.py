@@ -176,7 +176,7 @@ def load_weights(
     if names:
         theirs["class_names"], ours["class_names"] = names, tuple(classes)
     for name, there in theirs.items():
-        # dropout has no weights, and which label stands for none follows from the names
+        # dropout has no weights, and the class names determine which label stands for none
         if there != ours[name] and name not in ("dropout", "has_no_label"):
             raise UserError(
                 f"params.yaml: train.init_from = {folder}: its network has {name} = {there}, but `model` and the data "
