@@ -61,7 +61,7 @@ BLOCKS = {  # without and with attention
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
 }
-# attention's layers, as early versions of diffusers named them; it still reads these names, too
+# the names of attention's layers in early versions of diffusers, which it still reads
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 MOST_LAYERS = 1000  # in a level; a file that claims more is damaged
 NO_WIDTH = {"sample.ema_width": "set it to null for the first", "evaluate.ema_widths": "leave it out"}
@@ -176,7 +176,7 @@ def load_weights(
     if names:
         theirs["class_names"], ours["class_names"] = names, tuple(classes)
     for name, there in theirs.items():
-        # dropout has no weights, and which label stands for none follows from the names
+        # dropout has no weights, and the class names determine which label stands for none
         if there != ours[name] and name not in ("dropout", "has_no_label"):
             raise UserError(
                 f"params.yaml: train.init_from = {folder}: its network has {name} = {there}, but `model` and the data "

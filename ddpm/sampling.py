@@ -235,7 +235,7 @@ class Moments:
         """The strip, uint8 (rows, moments, H, W, C), a row for each image, and the film, uint8 (N, H, W, C) each.
 
         Args:
-            draw: draws the first samples again, where what was kept of them is damaged.
+            draw: draws the first samples again, if their kept states are damaged.
         """
 
         def again(rows: slice) -> np.ndarray:

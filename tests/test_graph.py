@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ddpm.config import targets
 from ddpm.config.schema import Params
 from ddpm.runtime.imports import stage_files
 from tests.conftest import ROOT
@@ -22,6 +23,12 @@ STAGES = list(GRAPH)
 def test_the_code_deps_of_a_stage_are_its_import_closure(stage):
     declared = [dep for dep in GRAPH[stage]["deps"] if dep.startswith(("ddpm/", "stages/"))]
     assert declared == stage_files(stage), "run make deps"
+
+
+@pytest.mark.parametrize("name", targets.OPTIMIZER.own + targets.LR_SCHEDULER.own)
+def test_a_class_of_ours_that_parameters_name_is_a_dep_of_train(name):
+    """It is loaded by its name; without this, a change of its code would run nothing again."""
+    assert f"{name.rpartition('.')[0].replace('.', '/')}.py" in GRAPH["train"]["deps"]
 
 
 def test_package_files_that_no_stage_declares_hold_no_code():

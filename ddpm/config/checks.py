@@ -15,7 +15,7 @@ from ddpm.config.targets import near, shown
 from ddpm.errors import UserError, legible
 
 MODEL = Path("models/ddpm")  # dvc removes it before each training
-Faults = Iterator[tuple[str, str]]  # the path of a setting, and what is wrong with its value
+Faults = Iterator[tuple[str, str]]  # the path of a setting, and the fault of its value
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

@@ -117,7 +117,7 @@ def _schema_lines(error: ValidationError) -> list[str]:
     found = {".".join(map(str, fault["loc"])): fault for fault in error.errors()}
     for old, new in RENAMED.items():
         if old in found and new in found and found[new]["type"] == "missing":
-            del found[new]  # it is there, under its old name
+            del found[new]  # not missing: the file has the setting under its old name
     return [_schema_line(path, fault) for path, fault in found.items()]
 
 

@@ -1,7 +1,7 @@
 """The sections of `params.yaml` and the bounds of every setting; ddpm/config/load.py reads the file into them.
 
 A field has a default only where some choices of its group cannot use it: see USED_BY in ddpm/config/load.py.
-Imports neither torch nor NumPy, as all of ddpm/config: a wrong value must stop a stage within two seconds, and the
+Imports neither torch nor NumPy, like all of ddpm/config: a wrong value must stop a stage within two seconds, and the
 environment that makes results reproducible must be set before either is loaded.
 """
 

@@ -55,7 +55,7 @@ class Bound:
         return self.prior + spent, 127.5 * np.sqrt(self.x0_mse)
 
     def rows(self, ranges: int) -> list[dict[str, float]]:
-        """The bound in equal ranges of t, for a plot: bits_per_dim is the sum of the terms in the range; rate and
+        """The bound in equal ranges of t, for a plot: bits_per_dim is the sum of the terms in a range; rate and
         distortion are those at its lower end, as in `rate_distortion`."""
         rate, distortion = self.rate_distortion()
         edges = np.linspace(0, len(self.terms), min(ranges, len(self.terms)) + 1).astype(int)

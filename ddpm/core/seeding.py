@@ -1,4 +1,4 @@
-"""Randomness as a function: every draw depends on (seed, purpose, index) alone, never on what was drawn before.
+"""Randomness as a function: every draw depends on (seed, purpose, index) alone, never on earlier draws.
 
 No generator state is kept anywhere, so a resumed run, another number of loader workers, or drawing
 10,000 samples first and 50,000 later gives the same numbers.
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def derive(seed: int, purpose: str, *index: int) -> int:
-    """A 63-bit integer that follows from its arguments; different arguments give unrelated values."""
+    """A 63-bit integer that depends on its arguments alone; different arguments give unrelated values."""
     digest = hashlib.sha256(repr((seed, purpose, *index)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -1,4 +1,4 @@
-"""Features worked through in blocks, so that no whole copy in float64 is made.
+"""Features processed in blocks, so that no whole copy in float64 is made.
 
 Features are arrays (N, D): floats, or uint8 for pixels, whose levels stand for level / 255. The inner products of
 pixels are exact integers in float64: they depend neither on the block nor on the machine.

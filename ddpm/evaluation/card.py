@@ -84,7 +84,7 @@ def card(
     }
     searched, there = numbers["train_images"], data["counts"]["train"]
     if searched < there:
-        rows["Copies are looked for in"] = f"{searched} of {there} training images; those of the others are not found"
+        rows["Searched for copies"] = f"{searched} of {there} training images; copies of the others are not found"
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["# Evaluation", "", "| | |", "|---|---|", *lines]) + "\n"
 

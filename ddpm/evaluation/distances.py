@@ -99,7 +99,7 @@ def _distance(a: Normal, b: Normal, overlap: float) -> float:
 
 
 def _matrix(a: Normal, b: Normal) -> tuple[Tensor, Tensor | None]:
-    """A matrix whose eigenvalues are those of S_a S_b, as small as the smaller set, or as the number of features.
+    """A matrix with the eigenvalues of S_a S_b, of the size of the smaller set or of the number of features.
 
     With R^T R = S, the matrix is R_a S_b R_a^T, with a row for each image of a, where a set has fewer images than
     features and a is the smaller set; else R_b S_a R_b^T: a root is computed once per set, and b is used again.

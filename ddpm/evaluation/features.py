@@ -114,7 +114,7 @@ def _inception(path: Path, device: torch.device) -> Network:
 def _timm(name: str, path: Path, size: int | None, device: torch.device) -> tuple[Network, dict[str, Any]]:
     """A model of timm without its classifier, and what its features depend on.
 
-    The whole image is resized to what the model takes, as uint8, and normalised as in its training.
+    The whole image is resized to the model's input size, as uint8, and normalised as in the model's training.
     """
     import timm
     from timm.data import resolve_model_data_config

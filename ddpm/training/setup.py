@@ -23,6 +23,7 @@ from ddpm.errors import UserError
 from ddpm.model_folder import load_weights
 from ddpm.runtime import processes
 from ddpm.runtime.device import Kernels, choose_kernels
+from ddpm.training import muon  # noqa: F401  loaded by its name; imported here so that DVC watches it
 
 LENGTHS = ("T_max", "total_iters", "total_steps")  # names that torch's schedulers use for their length
 

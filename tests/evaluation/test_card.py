@@ -86,8 +86,8 @@ def test_undefined_numbers_are_named_in_the_card_and_left_out(tmp_path):
 
 def test_the_card_reports_how_many_images_were_searched():
     shown = card(values=VALUES | {"train_images": 1000})
-    assert shown["Copies are looked for in"] == "1000 of 1438 training images; those of the others are not found"
-    assert "Copies are looked for in" not in card()
+    assert shown["Searched for copies"] == "1000 of 1438 training images; copies of the others are not found"
+    assert "Searched for copies" not in card()
 
 
 def test_a_number_without_an_error_stands_alone():

@@ -36,7 +36,7 @@ PICTURES = [
     "Samples by epoch",
 ]
 ELSEWHERE = re.compile("^https?:")
-MARKS = ".mark-line path, .mark-symbol path"  # what a curve is made of
+MARKS = ".mark-line path, .mark-symbol path"  # the marks of a curve
 
 
 @pytest.fixture(scope="module")

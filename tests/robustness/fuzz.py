@@ -397,7 +397,7 @@ def where_they_went(prepared: Path, places: list[str], dataset: Dataset, printed
     data = Prepared(prepared)
     info = data.info
     train, test = ({places[image[0, 0, 0]] for image in side.images} for side in (data.train, data.test))
-    assert (len(train), len(test)) == (info["counts"]["train"], info["counts"]["test"]), "an image is there twice"
+    assert (len(train), len(test)) == (info["counts"]["train"], info["counts"]["test"]), "an image occurs twice"
     assert train and test and not train & test
     assert not [file for file in train if set(file.split("/")[:-1]) & set(HELD_OUT)], "a held-out image is trained on"
     pairs = [

@@ -76,7 +76,7 @@ class Tally:
             [
                 *lines,
                 f"{sum(self.kills.values())} kills ({during}) in {sum(self.rounds.values())} rounds; "
-                f"{self.resumed} trainings went on from a state; nothing outlived its kill by more than "
+                f"{self.resumed} trainings resumed from a state; nothing outlived its kill by more than "
                 f"{self.longest:.1f} s; HEAD was left detached {self.detached} times",
             ]
         )
@@ -86,7 +86,7 @@ class Ground:
     """The scratch clone, every process that was started in it, and the result that all rounds have to end in."""
 
     def __init__(self, folder: Path, draw: random.Random, overrides: tuple[str, ...], duration: float) -> None:
-        """`folder`: a clone whose last commit is what `dvc exp run` made of the overrides, in `duration` seconds."""
+        """`folder`: a clone whose last commit holds the result of `dvc exp run`, which took `duration` seconds."""
         self.folder, self.draw, self.duration, self.tally = folder, draw, duration, Tally()
         self.mark = uuid.uuid4().hex
         self.env = environment(folder, KILLS_MARK=self.mark)
@@ -365,7 +365,7 @@ def run_kills(ground: Ground, kills: int, commands: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="what is killed when; the moment itself is the machine's")
+    parser.add_argument("--seed", type=int, default=0, help="of targets and moments; the machine's timing still varies")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     arguments = parser.parse_args()

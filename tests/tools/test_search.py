@@ -1,4 +1,4 @@
-"""A search: what is refused, who runs what, and what survives a kill. A run is a fraction of a second here."""
+"""A search: refusals, the sharing of work, and kills. A run takes a fraction of a second here."""
 
 import os
 import random

@@ -15,7 +15,7 @@ from tools.common.statistics import mean
 # the measurement. If it were, the same model and samples with another `evaluate.seed` would count as a further draw.
 SEEDS = ("train.seed", "sample.seed")
 NUMBERS = "results/evaluate/metrics.json"
-MODEL, SAMPLES = "models/ddpm", "samples/images.npy"  # dependencies that follow from the seeds
+MODEL, SAMPLES = "models/ddpm", "samples/images.npy"  # dependencies that depend on the seeds
 DISTANCE = (
     "dataset.",
     "sample.count",

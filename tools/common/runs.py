@@ -1,4 +1,4 @@
-"""The runs of a search: `dvc exp run` in a folder of its own, its curve while it trains, and exchange through git."""
+"""The runs of a search: `dvc exp run` in its own folder, the curve of a run while it trains, exchange through git."""
 
 import ctypes
 import json

@@ -1,4 +1,4 @@
-"""The study of a search in Optuna's storage: who works on which trial, what is known, and which trial is hopeless."""
+"""The study of a search in Optuna's storage: which worker has which trial, the losses, and the hopeless trials."""
 
 import json
 import time
