@@ -102,14 +102,15 @@ def cell(send: Send, part: str, samples: str, real: str) -> None:
     send({"seconds": seconds, "mib": max(mib, torch.cuda.max_memory_allocated() / 2**20)})
 
 
-def measure(minutes: float) -> list[dict[str, Any]]:
-    """A row for each cell; without a cost where the minutes were used up."""
+def measure(minutes: float, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each cell; without a cost where the minutes were used up. `known` holds rows of an earlier call."""
     rows, end = [], time.monotonic() + 60 * minutes
+    finished = {(row["part"], row["samples"], row["real"], row["width"]): row for row in known if "mib" in row}
     with tempfile.TemporaryDirectory() as folder:
         for part, n, m, width in cells():
             row: dict[str, Any] = {"part": part, "samples": n, "real": m, "width": width}
-            rows.append(row)
-            if time.monotonic() + operations(part, n, m, width) / CPU_RATE > end:
+            rows.append(row := finished.get((part, n, m, width), row))
+            if "mib" in row or time.monotonic() + operations(part, n, m, width) / CPU_RATE > end:
                 continue
             paths = {name: Path(folder, f"{name}.npy") for name in ("samples", "real")}
             for seed, (path, count) in enumerate(zip(paths.values(), (n, m), strict=True)):
@@ -134,8 +135,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         if not (ran := [r for r in rows if r["part"] == row["part"] and "mib" in r]):
             return "not run"
         largest = max(ran, key=work)
-        minutes = work(row) / work(largest) * largest["seconds"] / 60
-        return f"≈ {minutes:,.0f} min" if minutes < 90 else f"≈ {minutes / 60:,.0f} h"
+        seconds = work(row) / work(largest) * largest["seconds"]
+        if seconds < 90:
+            return f"≈ {seconds:.0f} s"
+        return f"≈ {seconds / 60:.0f} min" if seconds < 5400 else f"≈ {seconds / 3600:.0f} h"
 
     lines = []
     for part, what in PARTS.items():
@@ -153,8 +156,12 @@ def main() -> None:
     """Measure, write the numbers, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument(
+        "--more", action="store_true", help="keep the cells of the last call, and continue with the rest"
+    )
     arguments = parser.parse_args()
-    rows = measure(arguments.minutes)
+    known = json.loads(FILE.read_text(encoding="utf-8"))["rows"] if arguments.more else []
+    rows = measure(arguments.minutes, known)
     FILE.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(page(rows))
 

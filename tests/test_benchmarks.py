@@ -43,9 +43,13 @@ def test_the_distance_table_is_rendered_from_committed_numbers():
 
 
 def test_cells_that_do_not_fit_the_minutes_are_marked():
-    rows = distances.measure(minutes=0)
+    rows = distances.measure(minutes=0, known=[])
     assert len(rows) == 72
     assert distances.page(rows).count("not run") == 72
+    measured = rows[0] | {"seconds": 2.0, "mib": 300.0}
+    page = distances.page(distances.measure(minutes=0, known=[measured]))
+    assert page.count("| 2 s, 300 MiB |") == 1
+    assert page.count("≈") == 23  # the other cells of its part
 
 
 @pytest.mark.parametrize("part", distances.PARTS)

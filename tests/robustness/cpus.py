@@ -83,7 +83,7 @@ def probe(*more: str, digits: bool = True) -> dict[str, str]:
     found = {
         path.as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(here.rglob("*"))
-        if path.is_file() and ".state" not in path.parts and path.name != "params.yaml"
+        if path.is_file() and not {".state", ".cache"} & {*path.parts} and path.name != "params.yaml"
     } | {"gradients at 32 pixels": gradients_at_32_pixels()}
     if not digits:
         return found
