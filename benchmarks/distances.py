@@ -27,7 +27,7 @@ PARTS = {
     "nearest": "Nearest training images",
 }
 FILE = RESULTS / "distances.json"
-CPU_RATE = 1e10  # operations per second, a low estimate, to decide which cells fit the minutes
+CPU_RATE = 4e10  # operations per second, about, to decide which cells fit the minutes
 
 
 def operations(part: str, samples: int, real: int, width: int) -> float:
