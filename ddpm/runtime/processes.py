@@ -92,6 +92,7 @@ def as_worker() -> Iterator[None]:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere) if silent else nullcontext():
             join()
             yield
+            leave()
     except RuntimeError as error:  # gloo raises no more specific class
         if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
             raise
@@ -111,6 +112,14 @@ def join() -> None:
     gpu_each = int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()  # NCCL refuses two on one
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=TIMEOUT)
     _joined = True
+
+
+def leave() -> None:
+    """End the connection: gloo's threads would abort the process if Python ended while they run."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
