@@ -312,6 +312,7 @@ def trained(tmp_path):
     return tmp_path / "trained"
 
 
+@pytest.mark.process
 def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
     # steps that are too small to change a float: the weights stay those at the start, live and averaged
     still = ("train.steps=2", "train.warmup_steps=0", "train.log_every_steps=1", "optimizer.lr=1e-30")
@@ -324,6 +325,7 @@ def test_a_training_starts_from_the_weights_of_a_folder(tmp_path, trained):
     assert not same(moved, fresh)
 
 
+@pytest.mark.process
 def test_a_resumed_training_continues_from_its_own_state(tmp_path, trained):
     init = f"train.init_from={trained}"
     whole, _ = train(tmp_path, init)
