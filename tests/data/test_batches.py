@@ -60,7 +60,7 @@ def test_the_number_of_workers_changes_nothing(workers):
 
 @pytest.mark.process
 def test_the_other_workers_end_when_one_was_killed():
-    """Also while the fault's traceback is kept: python would wait at its end for a worker that waits for work."""
+    """Also while the error's traceback is kept: at its end Python would wait for a worker that waits for work."""
     steps = batches(SPLIT, batch_size=8, seed=0, steps=range(10**9), transforms=[], workers=2)
     next(steps)
     first, second = active_children()
@@ -112,8 +112,8 @@ def test_a_transform_that_fails_at_a_later_step_is_one_line(workers):
     assert str(fault.value).isprintable()
 
 
-def test_no_batch_of_floats_outside_the_range_reaches_the_network():
-    """A chance that a probe may miss: each batch is checked."""
+def test_floats_outside_the_range_never_reach_the_network():
+    """Each batch is checked, since a probe may miss a rare transform."""
     fill = {"_target_": "torchvision.transforms.v2.RandomErasing", "p": 0.01, "value": 9.0}
     scaled = {"_target_": "torchvision.transforms.v2.ToDtype", "dtype": "torch.float32", "scale": True}
     with pytest.raises(UserError, match=r"train.transforms: gives floats from 0 to 9, and must stay in \[0, 1\]; "):
@@ -168,7 +168,7 @@ images, labels = data.train
 steps = range(2 * len(images) // 50)
 stream = batches(data.train, batch_size=50, seed=0, steps=steps, transforms=[])
 next(stream)
-before = held("RssAnon:")  # less the pages of files
+before = held("RssAnon:")  # without the pages of files
 resource.setrlimit(resource.RLIMIT_DATA, (int(held("VmData:") + 192) << 20, -1))
 try:
     np.array(images)
@@ -208,8 +208,8 @@ def test_data_larger_than_memory_is_read_and_shuffled_exactly(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the count of bytes is Linux's")
-def test_a_batch_reads_its_own_images_from_a_slow_disk_and_little_beside(tmp_path):
-    """Without a word to the system, each image comes with 128 KiB around it: ten times as much."""
+def test_a_batch_reads_little_more_than_its_own_images(tmp_path):
+    """Without `announce`, each image is read with 128 KiB around it: ten times as much."""
 
     def from_disk() -> int:
         return int(Path("/proc/self/io").read_text().partition("\nread_bytes: ")[2].split()[0])

@@ -176,12 +176,12 @@ def test_a_run_without_memory_resumes_in_the_same_bytes(tmp_path, monkeypatch):
     ("batch", "now", "more"),
     [(64, 1, "2 (the same step in parts of 32 images)"), (12, 3, "6"), (9, 1, "3"), (6, 2, "6")],
 )
-def test_the_line_of_a_full_memory_names_an_accumulation_that_divides(batch, now, more):
+def test_the_advice_names_an_accumulation_that_divides(batch, now, more):
     settings = check(composed(f"train.batch_size={batch}", f"train.accumulation={now}")).train
     assert loop.memory_advice(settings).startswith(f"set train.accumulation={more}")
 
 
-def test_where_nothing_is_left_to_divide_smaller_settings_are_named():
+def test_a_batch_that_cannot_be_divided_gives_other_advice():
     settings = ("train.batch_size=4", "train.accumulation=4", "train.activation_checkpointing=true")
     params = check(composed(*settings, "train.precision=bf16"))
     assert loop.memory_advice(params.train) == "lower train.batch_size or model.base_channels"
@@ -313,7 +313,7 @@ def test_a_folder_smaller_than_a_batch_is_trained_on(tmp_path, size, capsys):
     assert same(whole, run(tmp_path, *settings, images=images, name="cut")[0])
 
 
-def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, trained_on):
+def test_floats_from_transforms_train_as_pixels_do(tmp_path, trained_on):
     """ToDtype with scale, which once trained on [0, 1] as if it were [-1, 1]."""
     inputs = []
     node = "{_target_: torchvision.transforms.v2.ToDtype, dtype: torch.float32, scale: true}"
@@ -389,7 +389,7 @@ def test_a_value_that_torch_refuses_is_reported_with_its_setting(tmp_path):
         run(tmp_path, "lr_schedule=linear", "lr_schedule.start_factor=5.0")
 
 
-def test_each_width_is_an_average_of_its_own_and_zero_is_the_network(tmp_path):
+def test_each_width_has_its_average_and_zero_is_the_network(tmp_path):
     averages, _ = train_all(tmp_path, "train.ema_widths=[0,0.05,0.2]")
     live, short, long = (torch.cat([p.flatten() for p in model.parameters()]) for model in averages.values())
     assert 0 < (short - live).norm() < (long - live).norm()
