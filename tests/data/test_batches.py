@@ -132,9 +132,9 @@ def test_a_batch_larger_than_the_folder_takes_all_images_alike():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_large_batch_is_the_same_after_a_stop_and_with_workers(workers):
-    whole = drawn(0, 5, batch_size=120, transforms=JITTER)
-    rest = drawn(2, 5, batch_size=120, transforms=JITTER, workers=workers)
-    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    whole = drawn(0, 3, batch_size=120, transforms=JITTER)
+    rest = drawn(1, 3, batch_size=120, transforms=JITTER, workers=workers)
+    assert all(torch.equal(a, b) for a, b in zip(whole[1:], rest, strict=True))
 
 
 def test_an_image_that_is_twice_in_a_batch_is_augmented_twice():

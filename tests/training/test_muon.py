@@ -1,6 +1,7 @@
 import copy
 import io
 
+import pytest
 import torch
 
 from ddpm.config.targets import OPTIMIZER, build
@@ -121,6 +122,7 @@ def test_weight_decay_shrinks_every_weight():
         torch.testing.assert_close(weight, old * 0.95)
 
 
+@pytest.mark.process
 def test_the_loss_falls_below_that_of_adam_at_the_same_rate():
     losses = {}
     for name, target in (("muon", NODE), ("adam", {"_target_": "torch.optim.Adam", "lr": 0.01})):
