@@ -9,6 +9,7 @@ import torch
 from benchmarks import distances, gpu, growth, long_run, memory, million, report, whole
 from benchmarks.__main__ import MEASUREMENTS
 from ddpm.data.prepared import Prepared
+from ddpm.evaluation import blocks, neighbours, pairs
 from tests.conftest import ROOT
 
 
@@ -42,25 +43,25 @@ def test_the_distance_table_is_rendered_from_committed_numbers():
     assert distances.page(rows).rstrip() in (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 
-def test_cells_that_do_not_fit_the_minutes_are_marked():
-    rows = distances.measure(minutes=0, known=[])
-    assert len(rows) == 72
-    assert distances.page(rows).count("not run") == 72
-    measured = rows[0] | {"seconds": 2.0, "mib": 300.0}
-    page = distances.page(distances.measure(minutes=0, known=[measured]))
-    assert page.count("| 2 s, 300 MiB |") == 1
-    assert page.count("≈") == 23  # the other cells of its part
-
-
-@pytest.mark.parametrize("part", distances.PARTS)
-def test_a_cell_measures_the_functions_of_the_stage(part, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "limit", "whole"),
+    [("fréchet", 60, True), ("nearest", 60, True), ("pairs", 60, True), ("nearest", 0, False), ("pairs", 0, False)],
+)
+def test_a_cell_measures_the_functions_of_the_stage(monkeypatch, part, limit, whole, tmp_path):
+    """A loop that is stopped counts its other rows in proportion."""
+    monkeypatch.setattr(blocks, "PAIRS", 800)  # ten rows in a block
+    for module, name in ((pairs, "Progress"), (pairs, "_sample_balls"), (neighbours, "Progress")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
     for name, count in (("samples", 50), ("real", 80)):
         distances.features(tmp_path / f"{name}.npy", count, 8, 0)
     sent = []
-    distances.cell(sent.append, part, str(tmp_path / "samples.npy"), str(tmp_path / "real.npy"))
+    distances.cell(sent.append, part, str(tmp_path / "samples.npy"), str(tmp_path / "real.npy"), limit)
     assert sent[0] == "ready"
     assert sent[1]["seconds"] > 0
+    assert (sent[1]["ran"] == 1) == whole
     assert sent[1]["mib"] > 1
+    rows = [dict(zip(("part", "samples", "real", "width"), c, strict=True)) | sent[1] for c in distances.CELLS]
+    assert distances.page(rows).count("≈") == (0 if whole else 72)
 
 
 def test_the_page_of_a_gpu_holds_what_was_finished_and_what_was_cut(tmp_path, monkeypatch):

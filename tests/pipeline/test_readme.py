@@ -390,7 +390,6 @@ SAID = {
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
-    "python -m benchmarks.distances": "test_benchmarks.py",
     "python -m benchmarks.gpu <step>": "test_benchmarks.py",
     "python -m benchmarks.long_run --folder <folder>": "test_benchmarks.py",
     "python -m benchmarks.memory": "test_benchmarks.py",
