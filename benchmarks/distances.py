@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.__main__ import machine
+from benchmarks.machine import machine
 from benchmarks.report import RESULTS
 from benchmarks.workers import Contender, Send, Worker
 

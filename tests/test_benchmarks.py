@@ -2,11 +2,13 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import distances, gpu, growth, long_run, memory, million, report, whole
+from benchmarks import distances, gpu, growth, long_run, memory, million, ours, quality, report, whole
 from benchmarks.__main__ import MEASUREMENTS
 from ddpm.data.prepared import Prepared
 from tests.conftest import ROOT
@@ -24,6 +26,83 @@ def test_a_ratio_is_taken_in_each_round():
         "theirs": [{"seconds": seconds} for seconds in (3.0, 4.0, 20.0)],
     }
     assert str(report.faster(turns, "ours", "theirs")) == "3 (2 to 5)"
+
+
+def test_a_training_fills_the_seconds_though_its_pace_was_another():
+    made = []
+
+    def train(steps):
+        made.append(steps)
+        return 2.0 + 0.5 * steps
+
+    assert quality.fill(train, 60, None) == (106, 55.0)
+    assert quality.fill(train, 60, 1.0) == (112, 58.0)
+    assert made == [quality.PROBE, 106, 60, 112]
+
+
+@pytest.fixture
+def raced(monkeypatch):
+    """A race whose trainings are made up: a contender's distance is its choice's, divided by the seconds."""
+
+    def trained(entry, choice, seed, data, plan):
+        steps, seconds = plan(lambda steps: 0.1 * steps)
+        distance = entry.choices[choice]["distance"] * (1 + seed / 10) / seconds
+        row = {"name": entry.name, "choice": choice, "seed": seed, "steps": steps, "seconds": seconds}
+        return row | {"distance": distance, "count": data.count}
+
+    monkeypatch.setattr(quality, "trained", trained)
+    entries = [
+        quality.Entry(quality.OURS, "", {"default": {"distance": 10.0}}),
+        quality.Entry("peer", "", {"slow": {"distance": 50.0}, "fast": {"distance": 20.0}}),
+    ]
+    race = quality.Race(quality.Data(Path(), 400, lambda samples: 0.0))
+    race.run(entries, seeds=[1, 2], goals=[10, 20], choosing=5)
+    return race, entries
+
+
+def test_a_race_alternates_with_the_settings_chosen_on_another_seed(raced):
+    race, _ = raced
+    order = [(row["name"], row["choice"], row["seed"], row["goal"], row["count"]) for row in race.rows]
+    assert order[:4] == [
+        ("peer", "slow", 0, 5, 100),
+        ("peer", "fast", 0, 5, 100),
+        ("ours", "default", 1, 10, 400),
+        ("peer", "fast", 1, 10, 400),
+    ]
+    assert [row[2:4] for row in order[4:]] == [(1, 20)] * 2 + [(2, 10)] * 2 + [(2, 20)] * 2
+
+
+def test_a_race_continues_where_it_was_cut(raced):
+    race, entries = raced
+    rows, race.rows = race.rows, race.rows[:5]
+    race.run(entries, seeds=[1, 2], goals=[10, 20], choosing=5)
+    assert race.rows == rows
+
+
+def test_the_page_of_a_race_has_means_with_errors_and_the_choices(raced):
+    page = quality.page({"count": 400, "reference": 1797, "rows": raced[0].rows})
+    assert "| ours | 1.150 ± 0.050 (100 steps, 10 s) | 0.575 ± 0.025 (200 steps, 20 s) |" in page
+    assert "| ours by the better peer's | 0.50 | 0.50 |" in page
+    assert "| peer | slow | 5 s | 10 |" in page
+
+
+def test_ours_trains_and_draws_for_a_race(tmp_path):
+    data, answers, requests = ours.prepared(tmp_path, "dataset=digits"), [], [2, None]
+
+    def send(answer):
+        answers.append(answer)
+        if not requests:
+            raise StopIteration
+        return requests.pop(0)
+
+    settings = {"count": 4, "seed": 1, "out": f"{tmp_path}/samples.npy", "overrides": []}
+    settings["overrides"] = ["runtime.threads=1", "model.base_channels=8", "sample.steps=2"]
+    with pytest.raises(StopIteration):
+        ours.quality(send, f"{tmp_path}/prepared/train/images.npy", **settings)
+    assert answers[0] == "ready"
+    assert answers[1] > 0
+    assert np.load(tmp_path / "samples.npy").shape == (4, 8, 8, 1)
+    assert ours.distance(data.train.images, data.train.images) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_facts_of_a_training_are_found_in_what_it_prints():
