@@ -5,7 +5,7 @@ import os
 import time
 from types import ModuleType
 
-from benchmarks import growth, quality, report, sampling, train_step, whole
+from benchmarks import colour, growth, quality, report, sampling, train_step, whole
 from benchmarks.machine import machine
 from ddpm.runtime.stage import OPENMP_SPINS
 
@@ -16,6 +16,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
     "whole": whole,
     "growth": growth,
 }
+SECTIONS = MEASUREMENTS | {"colour": colour}  # of the page: those that have commands of their own, too
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
         numbers = MEASUREMENTS[name].measure(arguments.quick, arguments.compile)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         report.keep(name, {"machine": facts, "quick": arguments.quick} | numbers)
-    report.write(MEASUREMENTS)
+    report.write(SECTIONS)
 
 
 if __name__ == "__main__":

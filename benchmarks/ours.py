@@ -164,11 +164,10 @@ def prepared(folder: Path, *overrides: str, path: Path | None = None) -> Any:
 
 
 def distance(samples: np.ndarray, real: np.ndarray) -> float:
-    """The Fréchet distance between two sets of images, uint8 (N, H, W, C), in pixel space."""
-    from ddpm.evaluation.distances import Normal, frechet_distance
+    """The Fréchet distance between two sets of images, uint8 (N, H, W, C), in pixel space; or of features (N, D)."""
+    from ddpm.evaluation.distances import Normal, distance_alone
 
-    a, b = (Normal(images.reshape(len(images), -1)) for images in (samples, real))
-    return frechet_distance(a, b).value
+    return distance_alone(*(Normal(rows.reshape(len(rows), -1)) for rows in (samples, real)))
 
 
 def quality(send: Send, images: str, count: int, seed: int, out: str, overrides: list[str]) -> None:

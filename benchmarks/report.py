@@ -86,10 +86,10 @@ def keep(name: str, result: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def render(measurements: dict[str, ModuleType]) -> tuple[str, dict[str, Image.Image]]:
+def render(sections: dict[str, ModuleType]) -> tuple[str, dict[str, Image.Image]]:
     """The page of all recorded numbers, and its plots by file name. The same numbers give the same page."""
     page, plots = HEAD, {}
-    for name, module in measurements.items():
+    for name, module in sections.items():
         if not (path := RESULTS / f"{name}.json").exists():
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -103,9 +103,9 @@ def render(measurements: dict[str, ModuleType]) -> tuple[str, dict[str, Image.Im
     return page if plots else f"{HEAD}\nNothing has been measured yet.\n", plots
 
 
-def write(measurements: dict[str, ModuleType]) -> None:
+def write(sections: dict[str, ModuleType]) -> None:
     """Write the page and its plots."""
-    page, plots = render(measurements)
+    page, plots = render(sections)
     (RESULTS / "README.md").write_text(page, encoding="utf-8")
     for name, plot in plots.items():
         plot.save(RESULTS / name, optimize=True)

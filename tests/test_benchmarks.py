@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import signal
@@ -7,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import distances, gpu, growth, long_run, memory, million, ours, quality, report, whole
-from benchmarks.__main__ import MEASUREMENTS
+from benchmarks import colour, distances, gpu, growth, long_run, memory, million, ours, quality, report, whole
+from benchmarks.__main__ import SECTIONS
 from ddpm.data.prepared import Prepared
 from tests.conftest import ROOT
 
 
 def test_the_page_is_rendered_from_the_committed_numbers():
-    page, plots = report.render(MEASUREMENTS)
+    page, plots = report.render(SECTIONS)
     assert (report.RESULTS / "README.md").read_text(encoding="utf-8") == page
     assert plots.keys() == {path.name for path in report.RESULTS.glob("*.png")}
 
@@ -84,6 +86,37 @@ def test_the_page_of_a_race_has_means_with_errors_and_the_choices(raced):
     assert "| ours | 1.150 ± 0.050 (100 steps, 10 s) | 0.575 ± 0.025 (200 steps, 20 s) |" in page
     assert "| ours by the better peer's | 0.50 | 0.50 |" in page
     assert "| peer | slow | 5 s | 10 |" in page
+
+
+def test_the_comparison_in_colour_is_kept_as_it_goes_and_continues(tmp_path, monkeypatch):
+    rng, made = np.random.default_rng(0), []
+    for split, count in (("train", 30), ("test", 20)):
+        for i in range(count):
+            (folder := tmp_path / "images" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+
+    def trained(entry, choice, seed, data, plan):
+        if len(made) == 8:
+            raise KeyboardInterrupt
+        made.append((entry.name, seed))
+        distance = data.distance(rng.integers(0, 256, (9, 32, 32, 3), np.uint8))
+        return {"name": entry.name, "choice": choice, "seed": seed, "steps": 3, "seconds": 1.0, "distance": distance}
+
+    monkeypatch.setattr(quality, "trained", trained)
+    monkeypatch.setattr(colour, "features", lambda images: images[:, ::8, ::8].mean((3,)).reshape(len(images), -1))
+    call = argparse.Namespace(quick=True, minutes=0.1, seeds=[1], only="", again=False)
+    work = tmp_path / "work"
+    work.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        colour.compare(tmp_path / "images", work, call)
+    made.clear()
+    result = colour.compare(tmp_path / "images", work, call)
+    assert made == [("denoising-diffusion-pytorch", 1)]
+    assert len(result["rows"]) == 9
+    assert "after 0.1 min" in colour.page(result)
+    made.clear()
+    colour.compare(tmp_path / "images", work, argparse.Namespace(**vars(call) | {"only": "ours", "again": True}))
+    assert made == [("ours", 1)]
 
 
 def test_ours_trains_and_draws_for_a_race(tmp_path):
