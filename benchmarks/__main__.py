@@ -5,7 +5,7 @@ import os
 import time
 from types import ModuleType
 
-from benchmarks import colour, growth, quality, report, sampling, train_step, whole
+from benchmarks import colour, growth, quality, report, sampling, speedrun, train_step, whole
 from benchmarks.machine import machine
 from ddpm.runtime.stage import OPENMP_SPINS
 
@@ -16,7 +16,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
     "whole": whole,
     "growth": growth,
 }
-SECTIONS = MEASUREMENTS | {"colour": colour}  # of the page: those that have commands of their own, too
+SECTIONS = MEASUREMENTS | {"colour": colour, "speedrun": speedrun}  # of the page; these have commands of their own
 
 
 def main() -> None:

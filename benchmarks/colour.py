@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import ours
 from benchmarks.machine import machine
-from benchmarks.quality import CHOOSING, RATES, Data, Race, entries, standings
+from benchmarks.quality import CHOOSING, COUNT, RATES, Data, Race, mine, peers, standings
 from benchmarks.report import RESULTS
 from ddpm.runtime.stage import OPENMP_SPINS
 
@@ -57,35 +57,33 @@ def features(images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def compare(folder: Path, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Make the trainings that are not in the file yet, and return its content.
+def photographs(folder: Path, work: Path, quick: bool) -> Data:
+    """A folder of images: trained on the training images, judged by the test images.
 
     Args:
-        folder: of images.
         work: keeps the prepared data and the features of the test images.
     """
-    count, references, file = (12, 60, work / "quick.json") if arguments.quick else (2000, 10_000, FILE)
-    prepared = ours.prepared(work, *PRESET, path=folder.absolute())
-    train, test = prepared.train.images, prepared.test.images[:references]
+    count, references = (12, 60) if quick else (COUNT, 10_000)
+    test = ours.prepared(work, *PRESET, path=folder.absolute()).test.images[:references]
     if not (kept := work / f"features-{len(test)}.npy").exists():
         np.save(kept, features(test))
-    real = np.load(kept)
+    return Data(work / "prepared/train/images.npy", count, np.load(kept), features)
+
+
+def compare(data: Data, file: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the trainings that are not in the file yet, and return its content."""
     result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-    result |= {"machine": machine(), "quick": arguments.quick, "count": count, "reference": len(real)}
+    result |= {"machine": machine(), "quick": arguments.quick, "count": data.count, "reference": len(data.real)}
     if "floor" not in result:
-        rows = np.random.default_rng(0).choice(len(train), count, replace=False)
-        result["floor"] = ours.distance(features(train[np.sort(rows)]), real)
+        train = np.load(data.images, mmap_mode="r")
+        result["floor"] = data.distance(train[np.linspace(0, len(train) - 1, data.count).astype(int)])
     print(f"  floor: {result['floor']:.4g}", flush=True)
-    contenders = [entry for entry in entries(PRESET, DIFFUSERS, DDPM_PYTORCH) if arguments.only in entry.name]
+    contenders = [mine(*PRESET), *peers(DIFFUSERS, DDPM_PYTORCH)]
+    contenders = [entry for entry in contenders if arguments.only in entry.name]
     seconds = 60 * arguments.minutes
     if arguments.again:
-        names = {entry.name for entry in contenders}
-        result["rows"] = [
-            row
-            for row in result["rows"]
-            if not (row["name"] in names and row["seed"] in arguments.seeds and row["goal"] == seconds)
-        ]
-    data = Data(work / "prepared/train/images.npy", count, lambda samples: ours.distance(features(samples), real))
+        old = {(entry.name, seed, seconds) for entry in contenders for seed in arguments.seeds}
+        result["rows"] = [row for row in result["rows"] if (row["name"], row["seed"], row["goal"]) not in old]
     race = Race(data, result["rows"], lambda: file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     race.run(contenders, arguments.seeds, [seconds], seconds / 3)
     return result
@@ -122,7 +120,9 @@ def main() -> None:
         arguments.minutes, arguments.seeds = 0.03, [1]
     os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": OPENMP_SPINS, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        print(page(compare(arguments.folder, arguments.work or Path(folder), arguments)))
+        work = arguments.work or Path(folder)
+        data = photographs(arguments.folder, work, arguments.quick)
+        print(page(compare(data, work / "quick.json" if arguments.quick else FILE, arguments)))
 
 
 if __name__ == "__main__":

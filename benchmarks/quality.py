@@ -21,6 +21,7 @@ from tools.common.statistics import number
 
 TITLE = "Quality by training time"
 OURS = "ours"
+COUNT = 2000  # samples per training
 CHOOSING = 0  # the seed on which a contender's settings are chosen: no result is from it
 PROBE = 30  # steps that show the pace of a training, where no earlier training did
 CLOSE, TRIES = 0.1, 3  # a training may miss the seconds asked for by this share, and is made at most so many times
@@ -57,23 +58,38 @@ class Data:
 
     Attributes:
         images: the file of the training images, uint8 (N, H, W, C).
-        count: samples per training: a multiple of 400, or less.
-        distance: of samples, uint8 (count, H, W, C), from the real images.
+        count: samples per training.
+        real: features of the real images, (M, ...).
+        features: of images.
     """
 
     images: Path
     count: int
-    distance: Callable[[np.ndarray], float]
+    real: np.ndarray
+    features: Callable[[np.ndarray], np.ndarray] = lambda images: images
+
+    def distance(self, samples: np.ndarray) -> float:
+        """The Fréchet distance of images from the real ones."""
+        return ours.distance(self.features(samples), self.real)
 
 
-def entries(
-    overrides: Sequence[str], diffusers: dict[str, Any], ddpm_pytorch: dict[str, dict[str, Any]]
-) -> list[Entry]:
-    """This project with some changed parameters, diffusers with a network, and the other peer with its choices."""
-    mine = {"overrides": [*overrides, "runtime.reproducible=false", "runtime.threads=1"]}
+def digits(folder: Path, count: int) -> Data:
+    """The digits: trained on the training images, judged in pixel space by all. `folder` holds the prepared data."""
+    prepared = ours.prepared(folder, "dataset=digits")
+    real = np.concatenate([prepared.train.images, prepared.test.images])
+    return Data(folder / "prepared/train/images.npy", count, real)
+
+
+def mine(*overrides: str) -> Entry:
+    """This project with some changed parameters."""
+    settings = {"overrides": [*overrides, "runtime.reproducible=false", "runtime.threads=1"]}
+    return Entry(OURS, "benchmarks.ours:quality", {"default": settings})
+
+
+def peers(diffusers: dict[str, Any], ddpm_pytorch: dict[str, dict[str, Any]]) -> list[Entry]:
+    """The peers: diffusers with a network and each learning rate, the other with its choices."""
     rates = {name: {"network": diffusers} | rate for name, rate in RATES.items()}
     return [
-        Entry(OURS, "benchmarks.ours:quality", {"default": mine}),
         Entry("diffusers, recipe of its example", "benchmarks.peers:diffusers_quality", rates),
         Entry("denoising-diffusion-pytorch", "benchmarks.peers:ddpm_pytorch_quality", ddpm_pytorch),
     ]
@@ -156,14 +172,11 @@ def tried(rows: list[Row], name: str) -> list[Row]:
 
 def measure(quick: bool, compiled: bool) -> dict[str, Any]:
     """Each contender on the digits, at each moment, with each seed."""
-    goals, seeds, count = ([1, 2], [1], 40) if quick else ([30, 60, 120], [1, 2, 3], 2000)
+    goals, seeds, count = ([1, 2], [1], 40) if quick else ([30, 60, 120], [1, 2, 3], COUNT)
     with tempfile.TemporaryDirectory() as folder:
-        prepared = ours.prepared(Path(folder), "dataset=digits")
-        real = np.concatenate([prepared.train.images, prepared.test.images])
-        data = Data(Path(folder, "prepared/train/images.npy"), count, lambda samples: ours.distance(samples, real))
-        race = Race(data)
-        race.run(entries([], DIFFUSERS, DDPM_PYTORCH), seeds, goals, goals[1])
-    return {"count": count, "reference": len(real), "rows": race.rows}
+        race = Race(digits(Path(folder), count))
+        race.run([mine(), *peers(DIFFUSERS, DDPM_PYTORCH)], seeds, goals, goals[1])
+    return {"count": count, "reference": len(race.data.real), "rows": race.rows}
 
 
 def standings(rows: list[Row], unit: float = 1, units: str = "s") -> str:

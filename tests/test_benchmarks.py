@@ -4,22 +4,23 @@ import os
 import signal
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import colour, distances, gpu, growth, long_run, memory, million, ours, quality, report, whole
+from benchmarks import colour, distances, gpu, growth, long_run, memory, million, ours, quality, report, speedrun, whole
 from benchmarks.__main__ import SECTIONS
 from ddpm.data.prepared import Prepared
 from tests.conftest import ROOT
 
 
 def test_the_page_is_rendered_from_the_committed_numbers():
-    page, plots = report.render(SECTIONS)
+    page, charts = report.render(SECTIONS)
     assert (report.RESULTS / "README.md").read_text(encoding="utf-8") == page
-    assert plots.keys() == {path.name for path in report.RESULTS.glob("*.png")}
+    assert charts.keys() == {path.name for path in report.RESULTS.glob("*.png")}
 
 
 def test_a_ratio_is_taken_in_each_round():
@@ -57,7 +58,7 @@ def raced(monkeypatch):
         quality.Entry(quality.OURS, "", {"default": {"distance": 10.0}}),
         quality.Entry("peer", "", {"slow": {"distance": 50.0}, "fast": {"distance": 20.0}}),
     ]
-    race = quality.Race(quality.Data(Path(), 400, lambda samples: 0.0))
+    race = quality.Race(quality.Data(Path(), 400, np.zeros((1, 1))))
     race.run(entries, seeds=[1, 2], goals=[10, 20], choosing=5)
     return race, entries
 
@@ -105,18 +106,47 @@ def test_the_comparison_in_colour_is_kept_as_it_goes_and_continues(tmp_path, mon
     monkeypatch.setattr(quality, "trained", trained)
     monkeypatch.setattr(colour, "features", lambda images: images[:, ::8, ::8].mean((3,)).reshape(len(images), -1))
     call = argparse.Namespace(quick=True, minutes=0.1, seeds=[1], only="", again=False)
-    work = tmp_path / "work"
-    work.mkdir()
+    data, file = colour.photographs(tmp_path / "images", tmp_path / "work", quick=True), tmp_path / "colour.json"
     with pytest.raises(KeyboardInterrupt):
-        colour.compare(tmp_path / "images", work, call)
+        colour.compare(data, file, call)
     made.clear()
-    result = colour.compare(tmp_path / "images", work, call)
+    result = colour.compare(data, file, call)
     assert made == [("denoising-diffusion-pytorch", 1)]
     assert len(result["rows"]) == 9
     assert "after 0.1 min" in colour.page(result)
     made.clear()
-    colour.compare(tmp_path / "images", work, argparse.Namespace(**vars(call) | {"only": "ours", "again": True}))
+    colour.compare(data, file, argparse.Namespace(**vars(call) | {"only": "ours", "again": True}))
     assert made == [("ours", 1)]
+
+
+@pytest.mark.parametrize("first", [100, 400, 1600])
+def test_the_seconds_to_a_distance_are_found_from_any_first_number_of_steps(first):
+    made = []
+
+    def train(steps):  # 0.04 after 800 steps, in 80 s
+        made.append(steps)
+        noises = (-0.1, 0, 0.1)
+        return [{"steps": steps, "seconds": steps / 10, "distance": 32 / steps * (1 + noise)} for noise in noises]
+
+    missed, met = speedrun.around(train, 0.0401, first)
+    assert fmean(row["distance"] for row in missed) > 0.0401 > fmean(row["distance"] for row in met)
+    assert made[0] == first
+    assert len(made) <= 8
+    seconds, error = speedrun.seconds_to(0.04, missed, met)
+    assert seconds == pytest.approx(80, rel=1e-3)
+    assert error == pytest.approx(80 * 0.1 / 3**0.5, rel=0.02)  # of the mean of the three distances
+
+
+def test_a_distance_that_no_training_reaches_is_reported():
+    with pytest.raises(ValueError, match="from 10 to 160 steps"):
+        speedrun.around(lambda steps: [{"steps": steps, "distance": 1.0}], 0.5, 10)
+
+
+def test_a_line_of_the_board_has_its_commit_machine_and_error():
+    machine = {"CPU": "a fast one", "torch": "2.15.0"}
+    row = {"what": "Muon", "commit": "abc1234", "machine": machine, "data": "digits", "target": 0.04}
+    page = speedrun.page({"rows": [row | {"seconds": 81.234, "error": 4.56}]})
+    assert "| Muon | digits, 0.04 | abc1234 | a fast one, torch 2.15.0 | 81.2 ± 4.6 |" in page
 
 
 def test_ours_trains_and_draws_for_a_race(tmp_path):
@@ -213,9 +243,11 @@ def test_the_count_of_memory_is_that_of_the_tensors_that_live_at_once():
     assert (peak.most, peak.now) == (8000, three.nbytes)
 
 
-def test_a_step_under_fake_tensors_counts_weights_average_gradient_and_optimizer():
-    least = 5 * 35_746_307 * 4 / memory.GIB  # Adam holds two
-    assert least < memory.counted("paper", 32, 1, False) < 1.2 * least
+def test_a_step_under_fake_tensors_counts_weights_average_gradient_and_optimizer(monkeypatch):
+    monkeypatch.setitem(memory.NETWORKS, ("small", 8), ["model.base_channels=128"])
+    network = ours._network(ours.params("model=small", "model.base_channels=128"), 8, 3)
+    least = 5 * sum(parameter.nbytes for parameter in network.parameters()) / memory.GIB  # Adam holds two
+    assert least < memory.counted("small", 8, 1, False) < 1.2 * least
 
 
 def test_the_largest_batch_is_a_power_of_two_that_fits():
