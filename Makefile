@@ -13,8 +13,9 @@ P ?=
 RUNS ?=
 SEARCH ?=
 IMAGES ?=
+WHAT ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench speedrun gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -58,8 +59,12 @@ test-remote: $(VENV)/.remote ## The tests against real servers, started on this 
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { echo "PostgreSQL is missing: apt-get install postgresql"; exit 1; }
 	pytest -m remote
 
-bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/
+bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (two hours on 2 cores): benchmarks/results/
 	python -m benchmarks
+
+speedrun: $(VENV)/.bench ## CPU-seconds until the digits have a stated distance, or IMAGES=<folder> 32x32 photographs; WHAT="what changed"
+	python -m benchmarks.speedrun $(if $(IMAGES),--colour '$(IMAGES)') $(if $(WHAT),--what '$(WHAT)')
+	python -m benchmarks --render
 
 gpu: $(VENV)/.bench ## Show all of it on this GPU, in 25 minutes: benchmarks/results/gpu/; IMAGES=<folder> adds a training on them
 	python -m benchmarks.gpu $(if $(IMAGES),--images '$(IMAGES)',tests resume processes training_step samples)

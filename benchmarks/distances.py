@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.__main__ import machine
+from benchmarks.machine import machine
 from benchmarks.report import RESULTS
 from benchmarks.workers import Contender, Send, Worker
 from ddpm.runtime.progress import Progress

@@ -243,6 +243,7 @@ LONG = {
     "gpu": "python -m benchmarks.gpu",
     "kills": "python -m tests.robustness.kills",
     "lock": "uv pip compile",
+    "speedrun": "python -m benchmarks.speedrun",
     "test-remote": "pytest -m remote",
     "test-slow": "pytest -m slow",
     "verify": "python -m tests.robustness.verify",
@@ -390,6 +391,7 @@ SAID = {
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
+    "python -m benchmarks.colour <folder>": "test_benchmarks.py",
     "python -m benchmarks.gpu <step>": "test_benchmarks.py",
     "python -m benchmarks.long_run --folder <folder>": "test_benchmarks.py",
     "python -m benchmarks.memory": "test_benchmarks.py",
