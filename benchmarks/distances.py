@@ -101,7 +101,16 @@ def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     a, b = (np.load(path, mmap_mode="r") for path in (samples, real))
     loops, balls = Loops(limit), pairs._sample_balls
-    pairs.Progress = neighbours.Progress = loops.bar  # type: ignore[assignment,misc]
+    for module in (distances, pairs, neighbours):
+        module.Progress = loops.bar  # type: ignore[attr-defined]
+
+    def normal(features: np.ndarray) -> distances.Normal:
+        try:
+            return distances.Normal(features, device, "features")
+        except Stopped:  # the rest of the work is that of all features
+            fitted = distances.Normal(features[: 2 * features.shape[1]], device)
+            fitted.features = features
+            return fitted
 
     def some_balls(samples: np.ndarray, neighbours: int, keep: Any, device: Any) -> Any:
         try:
@@ -118,7 +127,7 @@ def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
 
     pairs._sample_balls = some_balls
     work: dict[str, Callable[[], object]] = {
-        "fréchet": lambda: distances.frechet_distance(distances.Normal(a, device), distances.Normal(b, device)),
+        "fréchet": lambda: distances.frechet_distance(normal(a), normal(b)),
         "pairs": all_pairs,
         "nearest": lambda: neighbours.nearest(a, b, device),
     }

@@ -15,6 +15,7 @@ from benchmarks import colour, distances, gpu, growth, long_run, memory, million
 from benchmarks.__main__ import SECTIONS
 from ddpm.data.prepared import Prepared
 from ddpm.evaluation import blocks, neighbours, pairs
+from ddpm.evaluation import distances as measures
 from tests.conftest import ROOT
 
 
@@ -187,12 +188,25 @@ def test_the_distance_table_is_rendered_from_committed_numbers():
 
 @pytest.mark.parametrize(
     ("part", "limit", "whole"),
-    [("fréchet", 60, True), ("nearest", 60, True), ("pairs", 60, True), ("nearest", 0, False), ("pairs", 0, False)],
+    [
+        ("fréchet", 60, True),
+        ("nearest", 60, True),
+        ("pairs", 60, True),
+        ("fréchet", 0, False),
+        ("nearest", 0, False),
+        ("pairs", 0, False),
+    ],
 )
 def test_a_cell_measures_the_functions_of_the_stage(monkeypatch, part, limit, whole, tmp_path):
     """A loop that is stopped counts its other rows in proportion."""
     monkeypatch.setattr(blocks, "PAIRS", 800)  # ten rows in a block
-    for module, name in ((pairs, "Progress"), (pairs, "_sample_balls"), (neighbours, "Progress")):
+    monkeypatch.setattr(blocks, "BLOCK", 80)
+    for module, name in (
+        (measures, "Progress"),
+        (pairs, "Progress"),
+        (pairs, "_sample_balls"),
+        (neighbours, "Progress"),
+    ):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
     for name, count in (("samples", 50), ("real", 80)):
         distances.features(tmp_path / f"{name}.npy", count, 8, 0)
