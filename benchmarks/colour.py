@@ -18,13 +18,14 @@ import numpy as np
 
 from benchmarks import ours
 from benchmarks.machine import machine
-from benchmarks.quality import CHOOSING, COUNT, RATES, Data, Race, mine, peers, standings
+from benchmarks.quality import CHOOSING, RATES, Data, Race, mine, peers, standings
 from benchmarks.report import RESULTS
 from ddpm.runtime.stage import OPENMP_SPINS
 
 TITLE = "Quality by training time, in colour"
 FILE = RESULTS / "colour.json"
 PRESET = ("+experiment=short", "dataset=folder")
+COUNT = 1000  # samples per training; the peers draw them as slowly as they train
 SIDE = 128  # pixels to which EfficientNet-Lite0's images are resized
 DIFFUSERS = {  # as large as ours
     "sample_size": 32,

@@ -102,10 +102,10 @@ def page(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     return (
-        f"CPU-seconds of training by one thread until {quality.COUNT:,} samples have this Fréchet distance (mean of "
-        f"{len(SEEDS)} seeds, ± standard error): of the digits in pixel space from all digits; of photographs in "
-        f"EfficientNet-Lite0's features from 10,000 test images. A line is added by `make speedrun`.\n\n"
-        + table(("what", "target", "commit", "machine", "CPU-seconds"), rows)
+        "CPU-seconds of training by one thread until the samples have this Fréchet distance (mean of "
+        f"{len(SEEDS)} seeds, ± standard error): of {quality.COUNT:,} digits in pixel space from all digits; of "
+        f"{colour.COUNT:,} photographs in EfficientNet-Lite0's features from 10,000 test images. `make speedrun` "
+        "adds a line.\n\n" + table(("what", "target", "commit", "machine", "CPU-seconds"), rows)
     )
 
 
