@@ -7,6 +7,7 @@ memory is that of its blocks, which are all of one size.
 
 import argparse
 import json
+import math
 import tempfile
 import threading
 import time
@@ -72,10 +73,17 @@ class Stopped(Exception):  # noqa: N818  it is no error
 
 
 class Loops:
-    """The loops of a cell, each stopped after `limit` seconds; `rest` is the seconds of the rows left out."""
+    """The loops of a cell, each stopped after `limit` seconds; `rest` is the seconds of what is left out."""
 
     def __init__(self, limit: float) -> None:
         self.limit, self.rest = limit, 0.0
+
+    def check(self, start: float, share: float) -> None:
+        """Stop the loop that began at `start`, if its seconds have passed; `share` of it is done."""
+        passed = time.perf_counter() - start
+        if passed > self.limit and share < 1:
+            self.rest += passed * (1 / share - 1)
+            raise Stopped
 
     def bar(self, total: int, name: str, unit: str) -> Progress:
         """A bar that stops its loop."""
@@ -83,13 +91,22 @@ class Loops:
 
         class Bar(Progress):
             def update(self, n: float | None = 1) -> bool | None:
-                shown, passed = super().update(n), time.perf_counter() - start
-                if passed > loops.limit and self.n < total:
-                    loops.rest += passed * (total / self.n - 1)
-                    raise Stopped
+                shown = super().update(n)
+                loops.check(start, self.n / total)
                 return shown
 
         return Bar(total, name, unit)
+
+    def counted(self, function: Callable[..., Any], total: int) -> Callable[..., Any]:
+        """A function that is called so many times in a loop, and stops it."""
+        starts: list[float] = []
+
+        def call(*given: Any) -> Any:
+            starts.append(time.perf_counter())
+            self.check(starts[0], (len(starts) - 1) / total or 1)
+            return function(*given)
+
+        return call
 
 
 def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
@@ -97,12 +114,15 @@ def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
     import torch
 
     from ddpm.evaluation import distances, neighbours, pairs
+    from ddpm.evaluation.blocks import row_blocks
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     a, b = (np.load(path, mmap_mode="r") for path in (samples, real))
     loops, balls = Loops(limit), pairs._sample_balls
-    for module in (distances, pairs, neighbours):
+    for module in (distances, pairs):
         module.Progress = loops.bar  # type: ignore[attr-defined]
+    blocks = [len(list(row_blocks(a, min(len(b), neighbours.POINTS)))), math.ceil(len(b) / neighbours.POINTS)]
+    neighbours.products = loops.counted(neighbours.products, math.prod(blocks))
 
     def normal(features: np.ndarray) -> distances.Normal:
         try:

@@ -201,11 +201,12 @@ def test_a_cell_measures_the_functions_of_the_stage(monkeypatch, part, limit, wh
     """A loop that is stopped counts its other rows in proportion."""
     monkeypatch.setattr(blocks, "PAIRS", 800)  # ten rows in a block
     monkeypatch.setattr(blocks, "BLOCK", 80)
+    monkeypatch.setattr(neighbours, "POINTS", 40)
     for module, name in (
         (measures, "Progress"),
         (pairs, "Progress"),
         (pairs, "_sample_balls"),
-        (neighbours, "Progress"),
+        (neighbours, "products"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
     for name, count in (("samples", 50), ("real", 80)):

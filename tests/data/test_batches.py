@@ -187,8 +187,8 @@ print(len(rest), len(np.unique(rest[-len(images):])), held("RssAnon:") - before 
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
 def test_data_larger_than_memory_is_read_and_shuffled_exactly(tmp_path):
-    """Two epochs over 900 MB with 192 MiB to spare; the file is sparse, and each image carries its index."""
-    count, size = 4_600, 256
+    """Two epochs over 450 MB with 192 MiB to spare; the file is sparse, and each image carries its index."""
+    count, size = 2_300, 256
     for split, rows in (("train", count), ("test", 1)):
         (tmp_path / split).mkdir()
         images = np.lib.format.open_memmap(tmp_path / split / "images.npy", "w+", "uint8", (rows, 1, size * size, 3))
