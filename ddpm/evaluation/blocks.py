@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # features in a block: 32 MiB of float64
+# Features in a block: 64 MiB of float64. glibc takes less than 32 MiB from a heap in which torch's aligned arrays leave
+# holes that no later array fits: the memory would grow with the set.
+BLOCK = 2**23
 PAIRS = 2**25  # distances in a block: 256 MiB
 
 
