@@ -285,6 +285,7 @@ VERIFIED = {
         f"-S dataset=folder -S model=small -S evaluate=pixels {TINY} train",
         before=images,
         after=has_param("train", "precision", "bf16"),
+        slow=True,
     ),
     "dvc exp run -S +experiment=cifar10 -S runtime.launcher=torchrun -S runtime.processes=2": Verified(
         f"-S dataset=folder -S model=small -S evaluate=pixels {TINY} train",
@@ -324,16 +325,16 @@ VERIFIED = {
     'dvc add data/raw && git add data/raw.dvc && git commit -m "My images"': Verified(),
     "dvc exp run -S dataset=folder -S +experiment=short": Verified(TINY, after=made_from_images),
     "dvc exp run -S '~optimizer' -S '+optimizer={_target_: torch.optim.RMSprop, lr: 1e-3, alpha: 0.9}'": Verified(
-        TRAIN, after=has_param("optimizer", "_target_", "torch.optim.RMSprop")
+        TRAIN, after=has_param("optimizer", "_target_", "torch.optim.RMSprop"), slow=True
     ),
     "dvc exp run -S 'train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 1}]'": (
         Verified(TRAIN, after=has_param("train", "transforms", [CROP]))
     ),
-    "dvc exp run -S train.keep=best": Verified(TRAIN, after=has_param("train", "keep", "best")),
+    "dvc exp run -S train.keep=best": Verified(TRAIN, after=has_param("train", "keep", "best"), slow=True),
     "dvc exp run -S sample.ema_width=0": Verified(
         f"{SMOKE} -S train.steps=4 -S train.warmup_steps=0 sample", after=has_param("sample", "ema_width", 0)
     ),
-    "cp -r models/ddpm /some/where/base": Verified(),
+    "cp -r models/ddpm /some/where/base": Verified(slow=True),
     "dvc exp run -S train.init_from=/some/where/base": Verified(
         TRAIN, after=has_param("train", "init_from", "../base")
     ),
