@@ -13,8 +13,9 @@ P ?=
 RUNS ?=
 SEARCH ?=
 IMAGES ?=
+WHAT ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
+.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench speedrun gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -38,13 +39,14 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 	@echo && dvc metrics show
 	@echo && echo "Pictures to look at:" && ls -1 results/*/*.png results/train/pictures/*.png
 
-check: lint ## Lint, types, and the tests that run no stage, no dvc and no second process
+check: lint ## Lint, types, and the tests that run no whole training, no stage, no dvc and no second process
 	pytest -n 2 --dist worksteal -m "not process and not pipeline and not slow and not remote"
 
+# One worker more than there are cores in CI: tests of dvc's queue wait as long as they compute
 test: lint ## Lint, types, and the whole test suite with coverage
-	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
+	pytest -n 3 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
-test-stages: $(VENV)/.dev ## The tests of the suite that start processes
+test-stages: $(VENV)/.dev ## The tests of the suite that run trainings and stages, or start processes
 	pytest -n 2 --dist worksteal -m "process and not pipeline and not slow and not remote"
 
 test-pipeline: $(VENV)/.dev ## The tests of the suite that drive dvc in a clone
@@ -58,8 +60,12 @@ test-remote: $(VENV)/.remote ## The tests against real servers, started on this 
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { echo "PostgreSQL is missing: apt-get install postgresql"; exit 1; }
 	pytest -m remote
 
-bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (three quarters of an hour on 2 cores): benchmarks/results/
+bench: $(VENV)/.bench ## Measure speed, quality and memory beside the peers (two hours on 2 cores): benchmarks/results/
 	python -m benchmarks
+
+speedrun: $(VENV)/.bench ## CPU-seconds until the digits have a stated distance, or IMAGES=<folder> 32x32 photographs; WHAT="what changed"
+	python -m benchmarks.speedrun $(if $(IMAGES),--colour '$(IMAGES)') $(if $(WHAT),--what '$(WHAT)')
+	python -m benchmarks --render
 
 gpu: $(VENV)/.bench ## Show all of it on this GPU, in 25 minutes: benchmarks/results/gpu/; IMAGES=<folder> adds a training on them
 	python -m benchmarks.gpu $(if $(IMAGES),--images '$(IMAGES)',tests resume processes training_step samples)

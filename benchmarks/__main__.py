@@ -3,12 +3,10 @@
 import argparse
 import os
 import time
-from pathlib import Path
-from platform import processor, python_version
 from types import ModuleType
-from typing import Any
 
-from benchmarks import growth, quality, report, sampling, train_step, whole
+from benchmarks import colour, growth, quality, report, sampling, speedrun, train_step, whole
+from benchmarks.machine import machine
 from ddpm.runtime.stage import OPENMP_SPINS
 
 MEASUREMENTS: dict[str, ModuleType] = {
@@ -18,25 +16,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
     "whole": whole,
     "growth": growth,
 }
-
-
-def machine() -> dict[str, Any]:
-    """The facts of the machine on which the numbers depend."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "CPU": f"{models[0] if models else processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": f"{memory:.0f} GiB",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "Python": python_version(),
-        "torch": torch.__version__,
-        "load before": f"{os.getloadavg()[0]:.1f}",
-    }
+SECTIONS = MEASUREMENTS | {"colour": colour, "speedrun": speedrun}  # of the page; these have commands of their own
 
 
 def main() -> None:
@@ -57,7 +37,7 @@ def main() -> None:
         numbers = MEASUREMENTS[name].measure(arguments.quick, arguments.compile)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
         report.keep(name, {"machine": facts, "quick": arguments.quick} | numbers)
-    report.write(MEASUREMENTS)
+    report.write(SECTIONS)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
-"""Measure the cost of an evaluation's distances: python -m benchmarks.distances [--minutes 30]
+"""Measure the cost of an evaluation's distances: python -m benchmarks.distances [--seconds 30]
 
-It calls the functions of the stage evaluate with random features in place of images. The cells run from the cheapest up
-until the minutes are used. The other cells get an estimate, marked as one: their number of operations at the rate of
-the largest cell of their part that ran.
+It calls the functions of the stage evaluate with random features in place of images. A loop over rows that takes longer
+than the seconds is stopped there, and its time is that of the rows that ran, in proportion: all rows cost the same. Its
+memory is that of its blocks, which are all of one size.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.__main__ import machine
+from benchmarks.machine import machine
 from benchmarks.report import RESULTS
 from benchmarks.workers import Contender, Send, Worker
+from ddpm.runtime.progress import Progress
 
 SAMPLES, REAL, WIDTHS = (10_000, 50_000), (10_000, 100_000, 1_000_000), (64, 768, 2048, 3072)
 PARTS = {
@@ -27,22 +30,7 @@ PARTS = {
     "nearest": "Nearest training images",
 }
 FILE = RESULTS / "distances.json"
-CPU_RATE = 4e10  # operations per second, about, to decide which cells fit the minutes
-
-
-def operations(part: str, samples: int, real: int, width: int) -> float:
-    """The operations of a cell, roughly."""
-    if part == "fréchet":
-        return 2.0 * (2 * samples + real) * width**2 + 120 * width**3
-    if part == "pairs":
-        return (2.0 * width + 100) * (samples**2 + real**2) + (2 * width + 500) * samples * real
-    return (2.0 * width + 50) * samples * real
-
-
-def cells() -> Iterator[tuple[str, int, int, int]]:
-    """All cells, the cheapest first."""
-    every = [(part, n, m, width) for part in PARTS for n in SAMPLES for m in REAL for width in WIDTHS]
-    return iter(sorted(every, key=lambda cell: operations(*cell)))
+CELLS = [(part, n, m, width) for width in WIDTHS for m in REAL for n in SAMPLES for part in PARTS]
 
 
 def features(path: Path, count: int, width: int, seed: int) -> None:
@@ -80,65 +68,128 @@ class Peak(threading.Thread):
         return self.mib
 
 
-def cell(send: Send, part: str, samples: str, real: str) -> None:
-    """One turn: the seconds and the peak of memory of a part."""
+class Stopped(Exception):  # noqa: N818  it is no error
+    """A loop took longer than its seconds."""
+
+
+class Loops:
+    """The loops of a cell, each stopped after `limit` seconds; `rest` is the seconds of what is left out."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.rest = limit, 0.0
+
+    def check(self, start: float, share: float) -> None:
+        """Stop the loop that began at `start`, if its seconds have passed; `share` of it is done."""
+        passed = time.perf_counter() - start
+        if passed > self.limit and share < 1:
+            self.rest += passed * (1 / share - 1)
+            raise Stopped
+
+    def bar(self, total: int, name: str, unit: str) -> Progress:
+        """A bar that stops its loop."""
+        loops, start = self, time.perf_counter()
+
+        class Bar(Progress):
+            def update(self, n: float | None = 1) -> bool | None:
+                shown = super().update(n)
+                loops.check(start, self.n / total)
+                return shown
+
+        return Bar(total, name, unit)
+
+    def counted(self, function: Callable[..., Any], total: int) -> Callable[..., Any]:
+        """A function that is called so many times in a loop, and stops it."""
+        starts: list[float] = []
+
+        def call(*given: Any) -> Any:
+            starts.append(time.perf_counter())
+            self.check(starts[0], (len(starts) - 1) / total or 1)
+            return function(*given)
+
+        return call
+
+
+def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
+    """One turn: the seconds and the peak of memory of a part, and the share of the seconds that ran."""
     import torch
 
     from ddpm.evaluation import distances, neighbours, pairs
+    from ddpm.evaluation.blocks import row_blocks
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     a, b = (np.load(path, mmap_mode="r") for path in (samples, real))
+    loops, balls = Loops(limit), pairs._sample_balls
+    for module in (distances, pairs):
+        module.Progress = loops.bar  # type: ignore[attr-defined]
+    blocks = [len(list(row_blocks(a, min(len(b), neighbours.POINTS)))), math.ceil(len(b) / neighbours.POINTS)]
+    neighbours.products = loops.counted(neighbours.products, math.prod(blocks))
+
+    def normal(features: np.ndarray) -> distances.Normal:
+        try:
+            return distances.Normal(features, device, "features")
+        except Stopped:  # the rest of the work is that of all features
+            fitted = distances.Normal(features[: 2 * features.shape[1]], device)
+            fitted.features = features
+            return fitted
+
+    def some_balls(samples: np.ndarray, neighbours: int, keep: Any, device: Any) -> Any:
+        try:
+            return balls(samples, neighbours, keep, device)
+        except Stopped:
+            return torch.zeros(keep.shape, dtype=torch.float64), torch.zeros(len(samples), dtype=torch.float64)
+
+    def all_pairs() -> None:
+        try:
+            compared = pairs.real_pairs(b, 3, device)
+        except Stopped:  # empty balls cost as much as any
+            compared = pairs.Real(b, torch.zeros(len(b), dtype=torch.float64), 0.0)
+        pairs.compare(a, compared, 3, 0, device)
+
+    pairs._sample_balls = some_balls
     work: dict[str, Callable[[], object]] = {
-        "fréchet": lambda: distances.frechet_distance(distances.Normal(a, device), distances.Normal(b, device)),
-        "pairs": lambda: pairs.compare(a, pairs.real_pairs(b, 3, device), 3, 0, device),
+        "fréchet": lambda: distances.frechet_distance(normal(a), normal(b)),
+        "pairs": all_pairs,
         "nearest": lambda: neighbours.nearest(a, b, device),
     }
     send("ready")
     peak, start = Peak(), time.perf_counter()
-    work[part]()
+    with suppress(Stopped):
+        work[part]()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds, mib = time.perf_counter() - start, peak.stop()
-    send({"seconds": seconds, "mib": max(mib, torch.cuda.max_memory_allocated() / 2**20)})
+    ran, mib = time.perf_counter() - start, peak.stop()
+    seconds = ran + loops.rest
+    send({"seconds": seconds, "ran": ran / seconds, "mib": max(mib, torch.cuda.max_memory_allocated() / 2**20)})
 
 
-def measure(minutes: float, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each cell; without a cost where the minutes were used up. `known` holds rows of an earlier call."""
-    rows, end = [], time.monotonic() + 60 * minutes
-    finished = {(row["part"], row["samples"], row["real"], row["width"]): row for row in known if "mib" in row}
+def measure(limit: float) -> Iterator[dict[str, Any]]:
+    """A row for each cell; the features are made once for all parts that take them."""
     with tempfile.TemporaryDirectory() as folder:
-        for part, n, m, width in cells():
-            row: dict[str, Any] = {"part": part, "samples": n, "real": m, "width": width}
-            rows.append(row := finished.get((part, n, m, width), row))
-            if "mib" in row or time.monotonic() + operations(part, n, m, width) / CPU_RATE > end:
-                continue
-            paths = {name: Path(folder, f"{name}.npy") for name in ("samples", "real")}
+        paths = {name: Path(folder, f"{name}.npy") for name in ("samples", "real")}
+        made: dict[Path, tuple[int, int]] = {}
+        for part, n, m, width in CELLS:
             for seed, (path, count) in enumerate(zip(paths.values(), (n, m), strict=True)):
-                features(path, count, width, seed)
-            settings = {"part": part} | {name: str(path) for name, path in paths.items()}
+                if made.get(path) != (count, width):
+                    features(path, count, width, seed)
+                    made[path] = (count, width)
+            settings = {"part": part, "limit": limit} | {name: str(path) for name, path in paths.items()}
             with Worker(Contender("cell", "benchmarks.distances:cell", settings)) as worker:
-                row |= worker.ask()
-            print(row, flush=True)
-    return rows
+                yield {"part": part, "samples": n, "real": m, "width": width} | worker.ask()
+
+
+def duration(seconds: float) -> str:
+    """The seconds in a unit that suits them."""
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The tables, in markdown."""
     found = {(row["part"], row["samples"], row["real"], row["width"]): row for row in rows}
 
-    def work(row: dict[str, Any]) -> float:
-        return operations(row["part"], row["samples"], row["real"], row["width"])
-
     def text(row: dict[str, Any]) -> str:
-        if "mib" in row:
-            return f"{row['seconds']:.3g} s, {row['mib']:,.0f} MiB"
-        if not (ran := [r for r in rows if r["part"] == row["part"] and "mib" in r]):
-            return "not run"
-        largest = max(ran, key=work)
-        seconds = work(row) / work(largest) * largest["seconds"]
-        if seconds < 90:
-            return f"≈ {seconds:.0f} s"
-        return f"≈ {seconds / 60:.0f} min" if seconds < 5400 else f"≈ {seconds / 3600:.0f} h"
+        return f"{'≈ ' if row['ran'] < 1 else ''}{duration(row['seconds'])}, {row['mib']:,.0f} MiB"
 
     lines = []
     for part, what in PARTS.items():
@@ -153,16 +204,14 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, write the numbers, print the tables."""
+    """Measure, write the numbers after each cell, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument(
-        "--more", action="store_true", help="keep the cells of the last call, and continue with the rest"
-    )
-    arguments = parser.parse_args()
-    known = json.loads(FILE.read_text(encoding="utf-8"))["rows"] if arguments.more else []
-    rows = measure(arguments.minutes, known)
-    FILE.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    parser.add_argument("--seconds", type=float, default=30)
+    rows = []
+    for row in measure(parser.parse_args().seconds):
+        rows.append(row)
+        print(row, flush=True)
+        FILE.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(page(rows))
 
 

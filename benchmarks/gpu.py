@@ -22,7 +22,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks import ours, sampling, train_step
-from benchmarks.__main__ import machine
+from benchmarks.machine import machine
 from ddpm.runtime.stage import OPENMP_SPINS
 
 ROOT = Path(__file__).parents[1]

@@ -13,20 +13,13 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from benchmarks.workers import Send, cost, repeat
+from benchmarks.workers import Send, cost, repeat, trainings
 from ddpm.config.load import check
 from ddpm.config.schema import Params
 from ddpm.runtime.stage import REPRODUCIBLE_ENVIRONMENT
 
 CONF = Path(__file__).parents[1] / "conf"
 FASTEST = ["runtime.reproducible=false", "runtime.threads=null"]
-SOONEST = [  # of the default: half the cost of a step, and the better samples after 30, 60 and 120 s
-    "model.blocks_per_level=1",
-    "model.attention=[false,false]",
-    "optimizer.lr=4e-3",
-    "sample=dpm_solver",
-    *FASTEST,
-]
 
 
 def environment(reproducible: bool) -> dict[str, str]:
@@ -153,41 +146,45 @@ def sampling(send: Send, folder: str, batch: int, steps: int, out: str, override
     repeat(send, draw, 1)
 
 
-def digits(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The training images of the default data set, and all its images: uint8 (N, 8, 8, 1)."""
+def prepared(folder: Path, *overrides: str, path: Path | None = None) -> Any:
+    """The data set of the parameters, as `ddpm.data.prepared.Prepared`; made in `folder`/prepared if it is not there.
+
+    Args:
+        path: sets dataset.path, without Hydra's quotes.
+    """
     from ddpm.data.prepare import prepare
     from ddpm.data.prepared import Prepared
 
-    prepare(params().dataset, folder / "prepared", folder)
-    prepared = Prepared(folder / "prepared")
-    train, test = np.array(prepared.train.images), np.array(prepared.test.images)
-    return train, np.concatenate([train, test])
+    dataset = params(*overrides).dataset
+    if path:
+        dataset = dataset.model_copy(update={"path": str(path)})
+    if not (folder / "prepared").exists():
+        prepare(dataset, folder / "prepared", folder)
+    return Prepared(folder / "prepared")
 
 
 def distance(samples: np.ndarray, real: np.ndarray) -> float:
-    """The Fréchet distance between two sets of images, uint8 (N, H, W, C), in pixel space."""
-    from ddpm.evaluation.distances import Normal, frechet_distance
+    """The Fréchet distance between two sets of images, uint8 (N, H, W, C), in pixel space; or of features (N, D)."""
+    from ddpm.evaluation.distances import Normal, distance_alone
 
-    a, b = (Normal(images.reshape(len(images), -1)) for images in (samples, real))
-    return frechet_distance(a, b).value
+    return distance_alone(*(Normal(rows.reshape(len(rows), -1)) for rows in (samples, real)))
 
 
-def quality(send: Send, images: str, count: int, out: str) -> None:
-    """Turns of a whole training that fills the seconds asked for; `out` receives its samples."""
-    from benchmarks.quality import fill
+def quality(send: Send, images: str, count: int, seed: int, out: str, overrides: list[str]) -> None:
+    """Turns of a whole training, or of its samples; see `trainings`."""
     from ddpm.runtime.device import choose_device
     from ddpm.sampling import draw
 
     def train(steps: int) -> Any:
-        lengths = [f"train.steps={steps}", f"train.warmup_steps={steps // 10}", "train.preview_every_epochs=0"]
-        return _train(params(*SOONEST, *lengths), np.load(images))
+        settings = (f"train.seed={seed}", f"train.steps={steps}", f"train.warmup_steps={steps // 10}")
+        p = params(*overrides, *settings, "train.preview_every_epochs=0")
+        return _train(p, np.load(images, mmap_mode="r"))
 
     def samples(model: Any) -> np.ndarray:
-        p = params(*SOONEST)
-        settings = p.sample.model_copy(update={"count": count})
-        return draw(model, _diffusion(p, choose_device(p.runtime)), settings)
+        p = params(*overrides, f"sample.count={count}", f"sample.seed={seed}")
+        return draw(model, _diffusion(p, choose_device(p.runtime)), p.sample)
 
-    fill(send, train, samples, out)
+    trainings(send, train, samples, out)
 
 
 def batches_of(images: str | Path, batch: int) -> Iterator[Any]:

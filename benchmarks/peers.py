@@ -6,7 +6,6 @@ schedule after 500 steps of warm-up, clipping at 1, `EMAModel` with its warm-up.
 """
 
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.workers import Send, repeat
+from benchmarks.workers import Send, repeat, trainings
 
 NEVER = 10**9
 
@@ -38,17 +37,6 @@ def paper(channels: int) -> dict[str, Any]:
     }
 
 
-SMALL = {  # as large as ours for the digits
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-}
-
-
 def _fastest() -> None:
     """What a person would set for speed."""
     torch.backends.cudnn.benchmark = True
@@ -58,7 +46,16 @@ def _fastest() -> None:
 class _Recipe:
     """The example of diffusers. Best: channels_last, fused AdamW, EMA in one call, no loss read back at each step."""
 
-    def __init__(self, network: dict[str, Any], steps: int, best: bool, precision: str, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        network: dict[str, Any],
+        steps: int,
+        best: bool = False,
+        precision: str = "fp32",
+        compiled: bool = False,
+        rate: float = 1e-4,
+        warmup: int = 500,
+    ) -> None:
         from accelerate import Accelerator
         from diffusers import DDPMScheduler, UNet2DModel
         from diffusers.optimization import get_scheduler
@@ -74,9 +71,9 @@ class _Recipe:
         if best:
             model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8, fused=best or None
+            model.parameters(), lr=rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8, fused=best or None
         )
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=steps)
+        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         self.weights = list(self.model.parameters())
         self.ema = EMAModel(self.weights, decay=0.9999, use_ema_warmup=True, inv_gamma=1, power=0.75, foreach=best)
@@ -110,23 +107,26 @@ def diffusers_training(
     repeat(send, lambda: recipe.step(clean), steps, parameters=recipe.parameters)
 
 
-def _epochs(images: Tensor, batch: int) -> Iterator[Tensor]:
-    """Shuffled batches without end."""
+def _epochs(images: np.ndarray, batch: int) -> Iterator[Tensor]:
+    """Shuffled batches without end, in [0, 1]; photographs (3 channels) are mirrored at random, as both recipes do."""
     while True:
-        yield from images[torch.randperm(len(images), device=images.device)].split(batch)[: len(images) // batch]
+        for rows in torch.randperm(len(images)).split(batch)[: len(images) // batch]:
+            clean = torch.from_numpy(images[rows.numpy()]).permute(0, 3, 1, 2).float() / 255
+            mirrored = (torch.rand(len(rows)) < 0.5) & (images.shape[3] == 3)
+            yield torch.where(mirrored[:, None, None, None], clean.flip(3), clean)
 
 
-def _trainer(folder: str, images: Tensor, batch: int, unet: dict[str, Any], **more: Any) -> Any:
+def _trainer(folder: str, images: np.ndarray, batch: int, unet: dict[str, Any], **more: Any) -> Any:
     """Its trainer, fed from memory. It wants a folder of images, and is given one that it never reads."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
-    size = images.shape[-1]
+    size = images.shape[1]
     for i in range(100):  # fewer it refuses
         Image.new("L", (size, size)).save(Path(folder, f"{i}.png"))
     diffusion = GaussianDiffusion(Unet(**unet), image_size=size, sampling_timesteps=50)
     quiet = {"save_and_sample_every": NEVER, "calculate_fid": False, "results_folder": folder}
     trainer = Trainer(diffusion, folder, train_num_steps=0, **quiet, **more)
-    trainer.dl = _epochs(images.to(trainer.device), batch)
+    trainer.dl = _epochs(images, batch)
     return trainer
 
 
@@ -140,7 +140,7 @@ def ddpm_pytorch_training(send: Send, channels: int, batch: int, steps: int, amp
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(
             folder,
-            torch.rand(batch, 3, 32, 32),
+            np.random.default_rng(0).integers(0, 256, (batch, 32, 32, 3), np.uint8),
             batch,
             {"dim": channels, "dim_mults": (1, 2, 2, 2)},
             amp=amp,
@@ -170,46 +170,54 @@ def diffusers_sampling(send: Send, folder: str, batch: int, steps: int, out: str
     repeat(send, draw, 1)
 
 
-def diffusers_quality(send: Send, images: str, count: int, out: str) -> None:
-    """Turns of a whole training by its recipe that fills the seconds asked for; `out` receives samples, uint8."""
+def _parts(count: int, images: str) -> list[int]:
+    """How many samples to draw at a time, of the size of the images in a file: larger parts take longer per image."""
+    most = 25 * 32**2 // np.load(images, mmap_mode="r")[0, ..., 0].size
+    return [min(most, count - start) for start in range(0, count, most)]
+
+
+def diffusers_quality(
+    send: Send, images: str, count: int, seed: int, out: str, network: dict[str, Any], rate: float
+) -> None:
+    """Turns of a whole training by its recipe, with a tenth of the steps to warm up; see `trainings`."""
     from diffusers import DDIMPipeline
 
-    from benchmarks.quality import fill
-
     def train(steps: int) -> _Recipe:
-        recipe = _Recipe(SMALL, steps, best=False, precision="fp32")
-        device = recipe.accelerator.device
-        clean = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-        stream = _epochs(clean, 16)
+        torch.manual_seed(seed)
+        recipe = _Recipe(network, steps, rate=rate, warmup=steps // 10)
+        stream = _epochs(np.load(images, mmap_mode="r"), 16)
         for _ in range(steps):
-            recipe.step(next(stream))
+            recipe.step(next(stream).to(recipe.accelerator.device) * 2 - 1)
         return recipe
 
     def samples(recipe: _Recipe) -> np.ndarray:
         recipe.ema.copy_to(recipe.weights)
-        pipeline: Any = DDIMPipeline(recipe.model.eval(), recipe.scheduler)
+        pipeline: Any = DDIMPipeline(recipe.model.eval().to(memory_format=torch.channels_last), recipe.scheduler)
         pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(0)
-        parts = [pipeline(count // 5, generator, num_inference_steps=50, output_type="np").images for _ in range(5)]
+        generator = torch.Generator().manual_seed(seed)
+        options = {"num_inference_steps": 50, "output_type": "np"}
+        parts = [pipeline(part, generator, **options).images for part in _parts(count, images)]
         return (np.concatenate(parts) * 255).round().astype(np.uint8)
 
-    fill(send, train, samples, out)
+    trainings(send, train, samples, out)
 
 
-def ddpm_pytorch_quality(send: Send, images: str, count: int, out: str) -> None:
-    """Turns that continue one training until it has had the seconds asked for: its learning rate is constant."""
-    clean = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2).float() / 255
-    unet = {"dim": 64, "dim_mults": (1, 2), "channels": 1}  # better at each time than 32, and than three levels
+def ddpm_pytorch_quality(
+    send: Send, images: str, count: int, seed: int, out: str, network: dict[str, Any], rate: float
+) -> None:
+    """Turns of a whole training by its trainer; see `trainings`."""
+
+    def train(steps: int) -> Any:
+        torch.manual_seed(seed)
+        trainer = _trainer(folder, np.load(images, mmap_mode="r"), 16, network, train_lr=rate)
+        _continue(trainer, steps)
+        return trainer
+
+    def samples(trainer: Any) -> np.ndarray:
+        torch.manual_seed(seed)
+        model = trainer.ema.ema_model.eval()
+        drawn = torch.cat([model.sample(batch_size=part) for part in _parts(count, images)])
+        return (drawn.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(folder, clean, 16, unet)
-        trained, wanted = 0.0, send("ready")
-        while True:
-            while trained < wanted:
-                start = time.perf_counter()
-                _continue(trainer, 20)
-                trained += time.perf_counter() - start
-            model = trainer.ema.ema_model.eval()
-            parts = [model.sample(batch_size=count // 5) for _ in range(5)]
-            drawn = (torch.cat(parts).clamp(0, 1) * 255).round().byte()
-            np.save(out, drawn.permute(0, 2, 3, 1).cpu().numpy())
-            wanted = send({"seconds": trained, "steps": trainer.step})
+        trainings(send, train, samples, out)

@@ -86,26 +86,26 @@ def keep(name: str, result: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def render(measurements: dict[str, ModuleType]) -> tuple[str, dict[str, Image.Image]]:
-    """The page of all recorded numbers, and its plots by file name. The same numbers give the same page."""
-    page, plots = HEAD, {}
-    for name, module in measurements.items():
+def render(sections: dict[str, ModuleType]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The page of all recorded numbers, and its charts by the names of their files. Same numbers, same page."""
+    page, charts = HEAD, {}
+    for name, module in sections.items():
         if not (path := RESULTS / f"{name}.json").exists():
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
-        facts = ", ".join(f"{what}: {value}" for what, value in result["machine"].items() if value)
-        page += f"\n## {module.TITLE}\n\n{facts}.\n{SMOKE if result['quick'] else ''}\n{module.page(result)}"
+        facts = ", ".join(f"{what}: {value}" for what, value in result.get("machine", {}).items() if value)
+        page += f"\n## {module.TITLE}\n" + f"\n{facts}.\n" * bool(facts)
+        page += f"{SMOKE if result.get('quick') else ''}\n{module.page(result)}"
         if hasattr(module, "chart"):
             page += f"\n![{module.TITLE}]({name}.png)\n"
-            spec = module.chart(result) | {"title": module.TITLE, "background": "white"}
-            picture = Image.open(BytesIO(vl_convert.vegalite_to_png(json.dumps(spec), scale=1.5)))
-            plots[f"{name}.png"] = picture.convert("RGB").quantize(64)  # a fifth of the bytes
-    return page if plots else f"{HEAD}\nNothing has been measured yet.\n", plots
+            charts[f"{name}.png"] = module.chart(result) | {"title": module.TITLE, "background": "white"}
+    return page if page != HEAD else f"{HEAD}\nNothing has been measured yet.\n", charts
 
 
-def write(measurements: dict[str, ModuleType]) -> None:
+def write(sections: dict[str, ModuleType]) -> None:
     """Write the page and its plots."""
-    page, plots = render(measurements)
+    page, charts = render(sections)
     (RESULTS / "README.md").write_text(page, encoding="utf-8")
-    for name, plot in plots.items():
-        plot.save(RESULTS / name, optimize=True)
+    for name, chart in charts.items():
+        picture = Image.open(BytesIO(vl_convert.vegalite_to_png(json.dumps(chart), scale=1.5)))
+        picture.convert("RGB").quantize(64).save(RESULTS / name, optimize=True)  # a fifth of the bytes

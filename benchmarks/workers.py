@@ -15,8 +15,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+
+Trained = TypeVar("Trained")
 Send = Callable[[Any], Any]
 
 
@@ -120,6 +123,20 @@ def repeat(send: Send, step: Callable[[], object], steps: int, **more: Any) -> N
         for _ in range(steps):
             step()
         send(cost(start, steps) | more)
+
+
+def trainings(send: Send, train: Callable[[int], Trained], draw: Callable[[Trained], np.ndarray], out: str) -> None:
+    """Turns of a training of as many steps as the request says, answered by its CPU-seconds; or, where the request is
+    None, of saving samples of the last one to `out`. The first training, of a few steps, is to warm up."""
+    trained = train(3)
+    request = send("ready")
+    while True:
+        start = time.process_time()
+        if request is None:
+            np.save(out, draw(trained))
+        else:
+            trained = train(request)
+        request = send(time.process_time() - start)
 
 
 def main() -> None:

@@ -79,6 +79,11 @@ KNOBS = {  # each with all its values; a value is one setting or more
 }
 
 
+def every_value() -> list[tuple[str, ...]]:
+    """As many rows as the longest knob has values: each value of each knob occurs."""
+    return [tuple(values[i % len(values)] for values in KNOBS.values()) for i in range(max(map(len, KNOBS.values())))]
+
+
 def every_pair() -> list[tuple[str, ...]]:
     """Few rows of one value per knob, in which each pair of values of two knobs occurs."""
     knobs = list(KNOBS.values())
@@ -142,7 +147,10 @@ def expected_waits(params: Any) -> list[str]:
     return waits
 
 
-@pytest.mark.parametrize("row", every_pair(), ids=itertools.count())
+@pytest.mark.parametrize(
+    "row", [*every_value(), *(pytest.param(row, marks=pytest.mark.slow) for row in every_pair())], ids=itertools.count()
+)
+@pytest.mark.process
 def test_every_pair_of_settings_keeps_to_its_device_and_never_waits(tmp_path, monkeypatch, gpu, row):
     """Training, stop, resume, averages, previews, held-out loss, samples, bound."""
     params = params_of(row)
@@ -264,6 +272,7 @@ def _held_out(monkeypatch):
     monkeypatch.setattr(held_out, "normal", lambda draws, shape, _: normal(draws, shape))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("plant", [_noise, _tables, _backward, _average, _resumed, _preview, _held_out])
 def test_a_tensor_that_is_planted_on_the_wrong_device_is_found(tmp_path, monkeypatch, gpu, plant):
     params = params_of(PLAIN)
@@ -294,6 +303,7 @@ def test_a_wait_for_the_gpu_that_is_planted_is_found(gpu, wait):
     assert gpu.waits
 
 
+@pytest.mark.process
 def test_the_pretended_gpu_computes_what_the_cpu_does(tmp_path, gpu):
     params = params_of(PLAIN)
     _, there = training(tmp_path / "there", params)

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 FLOORS = (
     ("errors",),
     ("config",),
-    ("files",),
+    ("diffusers_json", "files"),
     ("pictures",),
     ("runtime",),
     ("data", "model_folder"),
@@ -103,6 +103,7 @@ def test_imports_go_down_the_floors(path):
         ("ddpm/data/batches.py", "from ddpm.data.prepare import prepare"),
         ("ddpm/data/batches.py", "from ddpm import model_folder"),
         ("ddpm/model_folder.py", "from ddpm.data import batches"),
+        ("ddpm/diffusers_json.py", "from ddpm.files import write_file"),
         ("ddpm/sampling.py", "from ddpm.data.prepare import prepare"),
         ("ddpm/training/loop.py", "from ddpm.evaluation import distances"),
         ("ddpm/sampling.py", "from ddpm.evaluation import features"),

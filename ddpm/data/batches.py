@@ -27,10 +27,14 @@ def as_tensor(images: np.ndarray) -> Tensor:
 
 
 def announce(images: np.ndarray, rows: np.ndarray) -> None:
-    """Ask the system for all rows of a memory-mapped array at once; nothing for an array in memory.
+    """Ask the system to read these rows of a memory-mapped array at once; does nothing for an array in memory.
 
-    Read one after the other, rows that are on the disk are waited for one after the other, with 128 KiB around each:
-    for images of 64x64 eight times the bytes, and five to fifteen times the seconds.
+    Otherwise the rows that are on the disk are waited for one after the other, and each is read with 128 KiB around it:
+    for images of 64x64 that is eight times the bytes, and takes five to fifteen times as long.
+
+    Args:
+        images: (N, ...).
+        rows: indices, int64 (B,).
     """
     if not (isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap)):
         return
@@ -42,9 +46,10 @@ def announce(images: np.ndarray, rows: np.ndarray) -> None:
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
-    """Maps (passes, rows) to a batch of transformed images and its labels: which images, each in which pass over all.
+    """Maps (passes, rows), int64 (b,) each, to a batch of transformed images and their labels.
 
-    A fault is returned and not raised, since torch would wrap it in the traceback of the worker that met it.
+    `rows` are the images, and `passes` the pass over all images that each belongs to. A UserError is returned, not
+    raised: torch would wrap it in the traceback of the worker that raised it.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transforms: Transforms, seed: int) -> None:
@@ -71,8 +76,11 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | UserError]):
 
 
 class _Order:
-    """This process's share of all batches from one step on: the order of a pass over all images follows from (seed,
-    pass). An epoch is one pass, or as many as one batch takes."""
+    """This process's share of the batch of each step, as (passes, rows); see `_Batches`.
+
+    The order of a pass over all images depends on (seed, pass) alone. An epoch is one pass, or as many passes as one
+    batch takes.
+    """
 
     def __init__(self, count: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
@@ -80,7 +88,7 @@ class _Order:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         per_epoch = steps_per_epoch(self.count, self.batch_size)
-        passes = -(-self.batch_size // self.count)  # of an epoch
+        passes = -(-self.batch_size // self.count)  # per epoch
         epoch, order, numbers = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         for step in self.steps:
             if step // per_epoch != epoch:
@@ -110,17 +118,23 @@ def batches(
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The training batches of these steps: a step's batch does not depend on where the range starts.
 
-    An epoch is a permutation of the images, without the remainder that fills no batch. A batch larger than that is an
-    epoch by itself: it takes as many permutations as it needs, and drops the rest of the last. Random transforms draw
-    for every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing. Where
-    there are several processes, each gets its share of every batch.
+    An epoch is a permutation of the images, without the remainder that fills no batch. A batch larger than the set is
+    an epoch by itself: it takes as many permutations as it needs, and drops the rest of the last. Random transforms
+    draw for every image, from (seed, permutation, image), so the numbers of workers and of processes change nothing.
+    Where there are several processes, each gets its share of every batch.
+
+    Args:
+        batch_size: images per step, of all processes together.
+        steps: counted from 0.
+        transforms: as `_target_` mappings, applied in turn.
+        workers: processes that load batches; 0: this process does.
 
     Returns:
         A generator of images (B, C, H, W), uint8, or float32 in [0, 1] where the transforms end in floats, and their
         labels, int64 (B,). Close it where it may not be run to its end: that ends the workers.
 
     Raises:
-        UserError: from the generator too: a transform fails, or gives something else.
+        UserError: a transform refuses its arguments or, raised by the generator, fails or gives other images.
     """
     loader = DataLoader(
         _Batches(*split, Transforms(transforms), seed),
@@ -132,7 +146,7 @@ def batches(
         # "spawn" would import torch again in each worker; forking is safe before the first CUDA call of a child
         multiprocessing_context="fork" if workers else None,
     )
-    # the workers keep this mask: a Ctrl-C reaches them, too, and the training still needs them to end its step
+    # workers inherit this mask: a Ctrl-C reaches them, too, but the training needs them to finish its step
     blocked, others = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)), active_children()
     items = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -145,13 +159,13 @@ def _sound(items: Any, workers: list[BaseProcess]) -> Generator[tuple[Tensor, Te
             if isinstance(item, UserError):
                 raise item
             yield item
-    except (ConnectionError, EOFError) as error:  # a batch of a worker that is just dying
+    except (ConnectionError, EOFError) as error:  # a dying worker was sending a batch
         raise RuntimeError(f"DataLoader worker (pid(s) {_dead(workers)}) exited unexpectedly") from error
     finally:
         if workers:
-            items._shutdown_workers()  # as its destructor does, which a traceback that holds `items` would put off
+            items._shutdown_workers()  # as the destructor would: a traceback that holds `items` delays that
         for worker in workers:
-            worker.kill()  # one that hangs: the SIGTERM by which torch ends it is blocked
+            worker.kill()  # one that hangs: it blocks the SIGTERM by which torch would end it
 
 
 def _dead(workers: list[BaseProcess]) -> str:
@@ -162,7 +176,10 @@ def _dead(workers: list[BaseProcess]) -> str:
 
 @contextmanager
 def worker_faults(workers: int) -> Iterator[None]:
-    """Report in one line that a worker has died, which torch raises wherever the program is at that moment.
+    """Report in one line that a loader's worker has died. torch raises that wherever the block is at that moment.
+
+    Args:
+        workers: the setting train.workers, for the message.
 
     Raises:
         UserError: a worker has died.
@@ -174,6 +191,6 @@ def worker_faults(workers: int) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"params.yaml: train.workers = {workers}: {reason}; lower it, or free memory (that of /dev/shm, too). "
-            f"The last state is kept: run it again to continue"
+            f"params.yaml: train.workers = {workers}: {reason}; lower it, or free memory, also in /dev/shm. "
+            f"The last state is kept; run the same command to resume"
         ) from None

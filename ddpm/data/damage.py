@@ -1,4 +1,4 @@
-"""Damage to image files that Pillow's decoders pass over in silence."""
+"""Find damage in image files that Pillow's decoders do not report."""
 
 import re
 import zlib
@@ -10,11 +10,11 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-# A scan ends at the first marker not its own: FF 00 is a data byte FF, D0 to D7 are restarts, FF FF is fill.
+# A scan ends at the first marker that is not part of it: FF 00 is a data byte FF, D0 to D7 are restarts, FF FF is fill.
 _SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC9), (0xC2, 0xCA)
 _SOS, _EOI = 0xDA, 0xD9
-# Encoders in hardware end a file on a word; more bytes than that between image and end marker are a lost piece.
+# Hardware encoders pad a file to whole words; more bytes than that between image and end marker are a lost part.
 _ALIGNMENT = re.compile(r"Corrupt JPEG data: [1-7] extraneous bytes before marker 0xd9")
 _HOLE = bytes(16)
 _SPARE = 8  # bytes at the end of a WebP's picture that an encoder may add to align it
@@ -24,11 +24,12 @@ _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 def decode_jpeg(content: bytes, colorspace: str, height: int, width: int) -> npt.NDArray[np.uint8] | None:
     """A JPEG as uint8 (h, w, channels), at the smallest scale with h >= `height` and w >= `width`; 0, 0: full size.
 
-    The pixels are those of libjpeg-turbo, as Pillow's. None where this decoder does not know the kind of JPEG, or
-    warns of something that does no harm to the pixels: decode it with another one.
+    The pixels are those of libjpeg-turbo, which Pillow uses, too. Returns None where this strict decoder does not know
+    the kind of JPEG, or warns of something that does not harm the pixels: use another decoder then.
 
     Args:
-        colorspace: RGB, GRAY or CMYK, of which the last is for JPEGs of four components alone.
+        content: of the whole file.
+        colorspace: RGB or GRAY; CMYK for JPEGs of four components only.
 
     Raises:
         ValueError: a part of the image is missing or damaged.
@@ -40,8 +41,8 @@ def decode_jpeg(content: bytes, colorspace: str, height: int, width: int) -> npt
         return pixels
     except ValueError as error:
         faults = [str(error)]
-    # libjpeg reports its first warning alone, and a harmless one may come before a bad one: see what is left without.
-    for zeros in (len(content), 0, 1):  # one, where the image itself ends in a zero
+    # libjpeg reports only its first warning, and a harmless one may hide a serious one: remove what is harmless.
+    for zeros in (len(content), 0, 1):  # 1: where the image itself ends in a zero
         try:
             simplejpeg.decode_jpeg(_bare(content, zeros), colorspace, min_height=1, min_width=1)
             return None
@@ -56,15 +57,15 @@ def decode_jpeg(content: bytes, colorspace: str, height: int, width: int) -> npt
 
 
 def _bare(content: bytes, zeros: int) -> bytes:
-    """A JPEG of what its pixels need: no application segments, comments, or bytes between segments.
+    """A JPEG reduced to what its pixels need: no application segments, comments, or bytes between segments.
 
     Args:
-        zeros: how many of the zeros at the end of each scan to keep, which may be padding.
+        zeros: how many zeros to keep at the end of each scan, where they may be padding.
     """
     parts, sequential = [b"\xff\xd8"], False
     for marker, segment, scan in _segments(content):
         sequential = sequential or marker in _SEQUENTIAL
-        if marker == _SOS and sequential:  # some cameras leave what only a progressive scan needs undefined
+        if marker == _SOS and sequential:  # some cameras leave the values that only progressive scans use undefined
             segment = segment[:-3] + b"\x00\x3f\x00"
         if not 0xE0 <= marker <= 0xEF and marker != 0xFE:
             parts += [segment, scan[: len(scan.rstrip(b"\0")) + zeros]]
@@ -72,7 +73,7 @@ def _bare(content: bytes, zeros: int) -> bytes:
 
 
 def _lacks_scans(content: bytes) -> bool:
-    """Whether a progressive JPEG ends before the last bit of each coefficient of its first component has come."""
+    """Whether a progressive JPEG lacks the last bit of any coefficient of its first component."""
     first, missing = -1, set(range(64))
     for marker, segment, _ in _segments(content):
         if marker in _PROGRESSIVE and len(segment) > 10:
@@ -85,7 +86,7 @@ def _lacks_scans(content: bytes) -> bool:
 
 
 def _segments(content: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """The marker, the whole segment, and the entropy-coded data behind it, of each segment to the end marker."""
+    """Each segment up to the end marker: its marker, the whole segment, and the entropy-coded data behind it."""
     at = 2
     while 0 <= (at := content.find(b"\xff", at)) < len(content) - 1:
         marker = content[at + 1]
@@ -104,7 +105,7 @@ def _segments(content: bytes) -> Iterator[tuple[int, bytes, bytes]]:
 
 
 def png_is_damaged(content: bytes) -> bool:
-    """Whether a chunk of pixels or colours of a PNG, which decodes, does not have its checksum."""
+    """Whether the checksum of a chunk of pixels or of the palette does not fit, in a PNG that decodes."""
     view, at = memoryview(content), 8
     while at + 8 <= len(content):
         size, tag = int.from_bytes(view[at : at + 4], "big"), view[at + 4 : at + 8]
@@ -118,10 +119,10 @@ def png_is_damaged(content: bytes) -> bool:
 
 
 def webp_has_a_hole(content: bytes) -> bool:
-    """Whether a part of the first frame of a WebP, which decodes, was lost and is zeros, as in a broken download.
+    """Whether a part of the first frame was lost and is zeros, as in a broken download, in a WebP that decodes.
 
-    Any bytes decode to some picture, and whole files may hold thousands of zeros. But a decoder has need of a whole
-    file to its last byte, and comes to its end too early where zeros stand for something else.
+    Any bytes decode to some picture, and intact files may hold thousands of zeros. But the decoder reads an intact file
+    to its last byte, and a file with a hole not to the end: such a file decodes even without its last bytes.
     """
     picture = _webp_picture(content)
     if _HOLE not in picture:

@@ -1,7 +1,7 @@
-"""Image files, found and turned into pixels.
+"""Find image files and turn them into pixels.
 
-Whatever a file holds ends as 8-bit grey or RGB of one square size: turned upright by its EXIF tag,
-transparency laid over white, cropped at the centre, resized with antialiasing.
+Every image becomes 8-bit grey or RGB of one square size: turned upright by its EXIF tag, transparency laid over white,
+cropped at the centre, resized with antialiasing.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from ddpm.errors import UserError, legible
 Pixels = npt.NDArray[np.uint8]
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-# What these extensions stand for, whichever of them a file bears. Pillow's other readers stay closed to files
-# from strangers.
+# The formats of these extensions; a file may have the extension of another format. Pillow's other readers are never
+# used on files from strangers.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-# Files and folders that systems put beside a user's own, in lower case. Hidden ones need no name here.
+# Files and folders that systems add to a user's folders, in lower case. Hidden ones are ignored anyway.
 SYSTEM_NAMES = frozenset(
     (
         *("@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot"),  # Synology
@@ -36,7 +36,7 @@ SYSTEM_NAMES = frozenset(
         *("__pycache__", "picasa.ini"),  # programs
     )
 )
-Image.MAX_IMAGE_PIXELS = None  # Pillow's limit and its warning give way to dataset.max_megapixels
+Image.MAX_IMAGE_PIXELS = None  # dataset.max_megapixels replaces Pillow's limit and its warning
 
 
 def image_files(folder: Path) -> tuple[list[str], int]:
@@ -106,10 +106,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def decode_file(path: str, size: int, channels: int, max_megapixels: float) -> Pixels | str:
     """One image file (the first frame of an animation) as uint8 (size, size, channels), or why it is not an image.
 
-    A file that promises more than `max_megapixels` million pixels, for which memory would be needed, is refused.
+    A file whose header states more than `max_megapixels` million pixels is refused before they are decoded into memory.
 
     Raises:
-        UserError: the file cannot be read, which says nothing about the image in it.
+        UserError: the file cannot be read, which says nothing about its image.
     """
     content = _read(path)
     if not content:
@@ -133,10 +133,10 @@ def decode_file(path: str, size: int, channels: int, max_megapixels: float) -> P
 
 
 def _decoded(image: Image.Image, content: bytes, size: int) -> Image.Image:
-    """An opened image with its pixels, and with what Pillow makes wrong of its transparency mended.
+    """Load the pixels of an opened image, and correct what Pillow gets wrong about its transparency.
 
     Raises:
-        ValueError: a part of the image is missing or damaged, as far as its format can show it. Pillow raises others.
+        ValueError: a part of the image is missing or damaged, as far as its format shows. Pillow raises other errors.
     """
     if image.format in ("JPEG", "MPO"):
         return _decoded_jpeg(image, content, size)
@@ -171,9 +171,9 @@ def _decoded_jpeg(image: Image.Image, content: bytes, size: int) -> Image.Image:
 
 
 def _mend_transparency(image: Image.Image, content: bytes) -> None:
-    """Make the transparent colour of a loaded PNG that of its pixels, which Pillow has brought to 8 bits.
+    """Convert the transparent colour of a loaded PNG to 8 bits, as Pillow has converted its pixels.
 
-    The file names it in the depth of the file, in the low bits of a larger number (PNG specification, 11.3.2.1).
+    The file gives the colour at its own bit depth, in the low bits of 16-bit numbers (PNG specification, 11.3.2.1).
     """
     depth, colour_type, colour = content[24], content[25], image.info["transparency"]
     if colour_type == 0 and depth in (2, 4, 8):

@@ -1,4 +1,4 @@
-"""Whether the settings of all stages fit the prepared data: asked before any work on it."""
+"""Check, before any work on the prepared data, that the settings of all stages fit it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,7 @@
 """The layout of a user's folder: which images are trained on, which are held out, and what their classes are.
 
-A split or a wrapping folder is taken where the names of the folders leave no doubt. Anything else is refused in a
-line that says what was seen: held-out images must never be trained on.
+A split, or a folder that only wraps others, is recognised where the names of the folders leave no doubt. Any other
+layout is refused in a line that says what was seen: held-out images must never be trained on.
 """
 
 import os
@@ -39,7 +39,7 @@ class Sides(NamedTuple):
 
     train: Classes
     test: Classes
-    taken: str  # what was taken for what, in words
+    taken: str  # which folders were taken for which side, in words
 
 
 def read_folder(folder: Path, test_fraction: float) -> Sides:
@@ -54,7 +54,7 @@ def read_folder(folder: Path, test_fraction: float) -> Sides:
     _check_names(folder, here)
     files, ignored = image_files(folder)
     if ignored:
-        print(f"{legible(folder)}: {ignored} other files ignored")
+        print(f"{legible(folder)}: {ignored} other file{'s' * (ignored > 1)} ignored")
     if not files:
         raise UserError(f"{here}: holds no {', '.join(EXTENSIONS)} files; put images there{_of_workspace(folder)}")
     base = _unwrapped(files, "")
@@ -76,7 +76,7 @@ def read_folder(folder: Path, test_fraction: float) -> Sides:
 
 
 def _travels(folder: Path) -> bool:
-    """Whether a folder reaches other workspaces of this repository, or lies outside it and is found there as well."""
+    """Whether other workspaces of this repository have the folder: it is tracked, or lies outside the repository."""
     place, here = folder.absolute(), Path.cwd()
     if not place.is_relative_to(here):
         return True
@@ -117,7 +117,7 @@ def _by_folder(files: Iterable[str], base: str) -> dict[str, list[str]]:
 def _unwrapped(files: list[str], base: str) -> str:
     """The folder at or below `base` where the classes, the splits or the images are: wrapping folders are passed.
 
-    A wrapper is the only folder with images, and holds none directly, unless its name is no class, as `images`.
+    A wrapper is the only folder with images; it holds none directly, unless its name is no class, such as `images`.
     """
     while True:
         (name, *others) = _by_folder(files, base)
@@ -128,7 +128,11 @@ def _unwrapped(files: list[str], base: str) -> str:
 
 
 def _seen(tops: dict[str, list[str]]) -> str:
-    return listed(f"{name}/ ({len(files)} images)" for name, files in tops.items())
+    return listed(f"{name}/ ({_images(len(files))})" for name, files in tops.items())
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count != 1)}"
 
 
 def _class_of(file: str, base: str) -> str | None:
@@ -148,10 +152,10 @@ def _class_counts(sides: Sides) -> str:
 
 
 def _find_split(tops: dict[str, list[str]], base: str, here: str) -> tuple[str, str] | None:
-    """The folders of `base` that are the training and the held-out side, or None if they are no split.
+    """The folders of `base` that are the training and the held-out side, or None if the folders are no split.
 
     Raises:
-        UserError: they may be one, and it is not clear what is what.
+        UserError: the folders may be a split, and it is not clear which is which side.
     """
     training, tests, validation, others = (
         {name: role_of(name)[1] for name in tops if role_of(name)[0] == role} for role in ("train", "test", "val", "")
@@ -193,9 +197,9 @@ def _refuse_held_out(files: list[str], here: str) -> None:
             place = f"{above}{name}/"
             count = sum(file.startswith(place) for file in files)
             raise UserError(
-                f"{here}: holds {legible(place)} ({count} images), which is named as a held-out side, and is none of a "
-                f"split at the top; put all images below train/ and test/, set dataset.path to the folder to take, or "
-                f"rename it if it is a class"
+                f"{here}: holds {legible(place)} ({_images(count)}), which is named like a held-out side, but is not "
+                f"part of a split at the top; put all images below train/ and test/, set dataset.path to the folder to "
+                f"use, or rename it if it is a class"
             )
 
 
@@ -231,12 +235,13 @@ def _given_split(
         )
     left = {name: files for name, files in tops.items() if name not in (training, held_out)}
     taken = (
-        f"{legible(roots[0])} is trained on ({len(train)} images), {legible(roots[1])} is held out ({len(test)} images)"
+        f"{legible(roots[0])} is trained on ({_images(len(train))}), {legible(roots[1])} is held out "
+        f"({_images(len(test))})"
     )
     if left:
         taken += f", left out: {_seen(left)}"
     if loose:
-        taken += f", {len(loose)} images beside them left out ({legible(loose[0])})"
+        taken += f", {_images(len(loose))} beside them left out ({legible(loose[0])})"
     return Sides(train, test, taken)
 
 

@@ -1,4 +1,4 @@
-"""From a data set to the prepared data: uint8 pixels and labels, split into train and test.
+"""Convert a data set to the prepared data: uint8 pixels and labels, split into train and test.
 
 The same images, parameters and library versions give the same bytes, on any number of cores.
 """
@@ -26,7 +26,7 @@ from ddpm.runtime.pool import in_parallel
 
 IMAGES_PER_CHUNK = 64
 BYTES_PER_CHUNK = 2**22  # bounds the memory where the images are large
-NAMED_FAULTS = 20
+NAMED_FAULTS = 20  # broken files that the report names, at most
 
 
 def prepare(
@@ -35,8 +35,11 @@ def prepare(
     """Write `out`: {train,test}/{images,labels}.npy and dataset.json, whose content is returned.
 
     images: uint8 (N, image_size, image_size, channels); labels: int64 (N,). They are written beside `out` and
-    moved there at the end, so that a failure leaves an older `out` as it was. `downloads` keeps what torchvision
-    fetches. `check` is given the content of dataset.json before the move, and may refuse it.
+    moved there at the end, so that a failure leaves an older `out` as it was.
+
+    Args:
+        downloads: the folder that keeps what torchvision downloads.
+        check: called with the content of dataset.json before the move; it may raise to refuse the data.
 
     Raises:
         UserError: the source is missing, unfit or broken, one line per fault.
@@ -74,7 +77,7 @@ def prepare(
 def _converted(
     images: Pixels | list[str], folder: Path, dataset: Dataset, label: str
 ) -> Generator[list[Pixels | str], None, None]:
-    """Chunks of images as uint8 (size, size, channels); in the place of a broken one, what is wrong with it."""
+    """Yield chunks of images, uint8 (size, size, channels) each, or in place of a broken one the reason."""
     size, channels = dataset.image_size, dataset.channels
     chunk = max(1, min(IMAGES_PER_CHUNK, BYTES_PER_CHUNK // (size * size * channels)))
     if isinstance(images, list):
@@ -95,10 +98,10 @@ def _converted(
 class Written(NamedTuple):
     """The outcome of a split."""
 
-    labels: npt.NDArray[np.int64]  # of the images that are whole
+    labels: npt.NDArray[np.int64]  # (N,), of the images that are not broken
     files: list[str]  # the files of these images; empty for images that are not files
-    marks: npt.NDArray[np.uint64]  # a hash of the pixels of each
-    broken: list[str]  # a line for each other file
+    marks: npt.NDArray[np.uint64]  # (N,), a hash of the pixels of each of these images
+    broken: list[str]  # a line for each broken file
 
 
 def _write_split(out: Path, split: RawSplit, folder: Path, dataset: Dataset, content: Any) -> Written:
@@ -119,10 +122,10 @@ def _write_split(out: Path, split: RawSplit, folder: Path, dataset: Dataset, con
 def _write_images(
     path: Path, chunks: Iterable[list[Pixels | str]], row_shape: tuple[int, ...], content: Any
 ) -> tuple[dict[int, str], npt.NDArray[np.uint64]]:
-    """Write the images that are whole to a .npy file and into the hash `content`.
+    """Write the images that are not broken to a .npy file and into the hash `content`.
 
     Returns:
-        The faults of the others by index, and of each image that is whole a hash of its pixels, uint64 (N,).
+        The reasons of the broken images by their index, and a hash of the pixels of each other image, uint64 (N,).
     """
     faults: dict[int, str] = {}
     marks = bytearray()
@@ -200,7 +203,7 @@ def _report_copies(train: Written, test: Written) -> None:
 
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` at the end, or is removed when something goes wrong before."""
+    """Yield a new folder, which replaces `out` at the end of the block, or is removed if the block raises."""
     tmp = out.with_name(f"{out.name}.tmp")
     if tmp.exists():  # left by a run that was killed
         shutil.rmtree(tmp)
@@ -215,7 +218,7 @@ def _replacing(out: Path) -> Iterator[Path]:
         if old.exists() and not out.exists():
             old.rename(out)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(tmp)  # a failed write does not know its file
+            error.filename = str(tmp)  # the error of a failed write names no file
         raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

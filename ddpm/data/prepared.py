@@ -19,15 +19,15 @@ from ddpm.runtime import processes
 from ddpm.runtime.workspace import root
 
 FILES = ("dataset.json", *(f"{split}/{kind}.npy" for split in ("train", "test") for kind in ("images", "labels")))
-SETTLED = 2 * 10**9  # ns: a file system that counts in seconds shows no second write within one
-MOST_RECORDS = 100
+SETTLED = 2 * 10**9  # ns: on a file system that counts in seconds, a second write within one does not show
+MOST_RECORDS = 100  # in .cache/verified/
 BLOCK = 2**20  # bytes
 Positive = Annotated[int, Field(ge=1)]
 stale = partial(stale_file, stage="prepare_data")
 
 
 class Info(BaseModel):
-    """data/prepared/dataset.json. `shape` is that of an image, `sha256` of all pixels and labels."""
+    """The content of dataset.json. `shape`: of an image, [H, W, C]; `sha256`: of all pixels and labels."""
 
     model_config = ConfigDict(strict=True)
     name: str
@@ -55,9 +55,9 @@ class Images(NamedTuple):
 class Prepared:
     """The prepared data: what dataset.json says, and both splits.
 
-    Opening reads dataset.json and the arrays' shapes and labels. `verify` reads all pixels, once: what it found is kept
-    in `.cache/verified/` of the main checkout, and holds while each file has the same size, inode and time of its last
-    write. DVC trusts the same three. That folder may be deleted at any time.
+    Opening reads dataset.json and the arrays' shapes and labels. `verify` reads all pixels, once: it keeps a record in
+    `.cache/verified/` of the main checkout, valid while each file has the same size, inode and time of its last write.
+    DVC trusts the same three. That folder may be deleted at any time.
 
     Attributes:
         folder: where the data is.
@@ -65,7 +65,7 @@ class Prepared:
         train, test: the splits.
 
     Raises:
-        UserError: a file is missing or damaged, or not the one that dataset.json describes.
+        UserError: a file is missing or damaged, or does not match dataset.json.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -84,21 +84,24 @@ class Prepared:
         path = self.folder / split / "labels.npy"
         labels = load_array(path, "prepare_data", "int64", 1)
         if len(labels) != count or (classes and not 0 <= labels.min() <= labels.max() < classes):
-            raise stale(path, f"holds not {count} labels of {classes} classes")
+            raise stale(path, f"does not hold {count} labels of {classes} class{'es' * (classes != 1)}")
         return Images(images, labels)
 
     def verify(self) -> None:
-        """Read all of it, where no record says that these very files were read. Every process has to come here.
+        """Compare all data with dataset.json, unless a record says that this was done. Every process has to call this.
 
         Raises:
-            UserError: it does not match dataset.json.
+            UserError: the data does not match dataset.json.
         """
         if self._differs():
             raise stale(self.folder, "does not match its dataset.json")
 
     def changed(self) -> bool:
-        """Whether the files hold something else by now. They are read again only if one was written or replaced. Every
-        process has to come here, and all get one answer."""
+        """Whether the content of the files has changed since they were opened.
+
+        They are read again only if one of them was written or replaced. Every process has to call this, and all get the
+        same answer.
+        """
         try:
             now = self if _stamps(self.folder) == self._stamps else Prepared(self.folder)
             other = now.info["sha256"] != self.info["sha256"]
@@ -107,8 +110,10 @@ class Prepared:
         return processes.any_process(other) or (processes.any_process(now is not self) and now._differs())
 
     def _differs(self) -> bool:
-        """Whether the arrays are others than dataset.json describes. Of the processes that see the same files, one
-        reads them: on several machines there may be several copies."""
+        """Whether the arrays differ from what dataset.json describes.
+
+        Of the processes that see the same files, one reads them: on several machines there may be several copies.
+        """
         facts = json.dumps([self._stamps, self.info["sha256"]]).encode()
         mark = hashlib.sha256(facts).hexdigest()
         record = root() / ".cache/verified" / f"{mark[:16]}.json"
@@ -117,16 +122,16 @@ class Prepared:
         reads = number > 0 and readers.index(number) == processes.rank()
         differs = reads and self._sha256() != self.info["sha256"]
         if reads and not differs:
-            self._keep(record, facts)  # before the others continue, and look for it
+            self._keep(record, facts)  # before the others continue, which may look for it
         return processes.any_process(differs)
 
     def _keep(self, record: Path, facts: bytes) -> None:
-        """Record that the files were read, unless one is so new that a later write would not show in its time."""
+        """Record that the files were read, unless one is so new that another write might not change its time."""
         if self._opened_at - max(written for _, _, written in self._stamps) < SETTLED:
             return
         try:
             record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_bytes(facts)  # half of it is no record
+            record.write_bytes(facts)  # half a record is not equal to `facts`
             for old in sorted(record.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_RECORDS]:
                 old.unlink(missing_ok=True)
         except OSError as error:
@@ -144,7 +149,7 @@ class Prepared:
 
 
 def _stamps(folder: Path) -> list[list[int]]:
-    """Of each file: its size, its inode and when it was written, in ns.
+    """The size in bytes, the inode and the time of the last write in ns of each file.
 
     Raises:
         UserError: a file is missing.

@@ -1,4 +1,4 @@
-"""The data sets as they come: digits, the sets that torchvision downloads, a folder of images."""
+"""Load a data set as it is: digits, the sets that torchvision downloads, a folder of images."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ from ddpm.data.splits import hold_out
 from ddpm.errors import UserError
 
 TORCHVISION_CLASSES = {"cifar10": "CIFAR10", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-NO_DATA_SECONDS = 30  # of a download without a byte; a network that drops packets would wait for ever
+NO_DATA_SECONDS = 30  # without a byte, until a download fails: a network that drops packets would let it hang
 
 
 class RawSplit(NamedTuple):
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 
 def load_source(dataset: Dataset, downloads: Path) -> Source:
-    """The data set that `dataset.name` names. `downloads` keeps what torchvision fetches.
+    """The data set that `dataset.name` names. The folder `downloads` keeps what torchvision downloads.
 
     Raises:
         UserError: the folder is missing or unfit, or a download failed.
@@ -58,7 +58,7 @@ def _digits(test_fraction: float) -> Source:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1); 0..16 as they come
+    pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1), from 0 ... 16
     labels = data.target.astype(np.int64)
     place = np.argsort(np.random.default_rng(0).permutation(len(labels)))  # of each image in a random order
     test = hold_out(place, labels, round(len(labels) * test_fraction))
@@ -95,7 +95,7 @@ def _torchvision(name: str, downloads: Path) -> Source:
 
 
 class _Files(NamedTuple):
-    """The files of a set of torchvision's."""
+    """The files of one of torchvision's data sets."""
 
     folder: Path  # of the archives
     origins: list[str]  # addresses that the archives come from
@@ -115,10 +115,10 @@ def _files(cls: Any, downloads: Path) -> _Files:
 
 
 def _verified_files(files: _Files) -> bool:
-    """Whether all unpacked files are known to be whole; else all are removed.
+    """Whether the checksums of all unpacked files fit; if not, all are removed.
 
-    torchvision takes unpacked files that it has no checksum for, such as the half that a killed run left, and does not
-    unpack again where only some are bad. Without them it returns to the archives, which it checks.
+    torchvision accepts unpacked files that it has no checksum for, such as half a file that a killed run left, and does
+    not unpack again where only some are damaged. Where none are left, it unpacks the archives, which it checks.
     """
     from torchvision.datasets.utils import check_integrity
 
@@ -138,7 +138,7 @@ def _lacking(files: _Files) -> list[tuple[str, str]]:
 
 @contextmanager
 def _download_faults(name: str, files: _Files) -> Iterator[None]:
-    """Bound the wait for a network, and report in one line what to fetch by other means.
+    """Limit the wait for the network, and report a failed download in one line that says what to fetch by other means.
 
     Raises:
         UserError: a download failed.
@@ -162,6 +162,6 @@ def _download_faults(name: str, files: _Files) -> Iterator[None]:
 
 
 def _arrays(part: Any) -> RawSplit:
-    """A loaded side of a set of torchvision's."""
+    """The images and labels of one of torchvision's data sets."""
     pixels = np.asarray(part.data)  # CIFAR-10: (N, 32, 32, 3); MNIST: (N, 28, 28)
     return RawSplit(pixels if pixels.ndim == 4 else pixels[..., None], np.asarray(part.targets, dtype=np.int64))

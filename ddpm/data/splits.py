@@ -1,4 +1,4 @@
-"""Which images are held out, and which are kept of a large set, so that no class is lost."""
+"""Choose which images are held out, and which are kept of a large set, so that no class is lost."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,14 +7,16 @@ from ddpm.errors import UserError
 
 
 def hold_out(number: npt.NDArray[np.generic], labels: npt.NDArray[np.int64], threshold: float) -> npt.NDArray[np.bool_]:
-    """Hold out the images whose `number` is below `threshold`, and correct what that does to a class.
+    """Hold out the images whose `number` is below `threshold`, corrected so that no class is lost.
 
-    Each class keeps its highest number for training and, where it has two, gives one to the held-out side: its
-    lowest. Images of the same number are copies: they stay together and count once.
+    A class whose numbers are all below the threshold keeps its highest for training. A class with none below holds out
+    the lowest that no class needs as its last training image. Images of the same number are copies: they stay together
+    and count once.
 
     Args:
-        number: (N,), the same for an image whatever other images there are.
+        number: (N,), one per image; it must not depend on which other images there are.
         labels: int64 (N,).
+        threshold: on the scale of `number`.
 
     Returns:
         bool (N,), True where an image is held out; nowhere, if no class has two different images.
@@ -45,6 +47,12 @@ def subset_indices(labels: npt.NDArray[np.int64], subset: int | float | None) ->
 
     A smaller subset is part of every larger one. One image of each class comes first, so that a subset has as many
     classes as it has room for.
+
+    Args:
+        labels: int64 (N,).
+
+    Returns:
+        int64 (n,), indices into `labels`.
     """
     count = len(labels)
     if subset is None:
@@ -59,7 +67,7 @@ def check_subset(labels: npt.NDArray[np.int64], subset: int | float | None) -> N
     """Refuse a subset that cannot hold a training image of each class.
 
     Raises:
-        UserError: it is smaller than the number of classes in `labels`, int64 (N,), of the training side.
+        UserError: the subset is smaller than the number of classes in `labels`, int64 (N,), of the training side.
     """
     size, classes = len(subset_indices(labels, subset)), len(np.unique(labels))
     if size < classes:

@@ -1,8 +1,8 @@
-"""The image transforms that train.transforms names: built, applied, and held to one rule.
+"""Build and apply the image transforms that train.transforms names, and check them by one rule.
 
-The rule: a list gives images of the shape that it takes, as uint8 or as float32 in [0, 1]. ddpm/core/pixels.py
-maps both to the network's [-1, 1]. What breaks the rule would train without an error and give grey samples, so it is
-refused.
+The rule: a list returns images of the shape that it was given, as uint8 or as float32 in [0, 1]. ddpm/core/pixels.py
+maps both to the network's [-1, 1]. A list that breaks the rule is refused: it would train without an error, and the
+samples would be grey.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from ddpm.config.targets import TRANSFORM, build
 from ddpm.core.seeding import derive, generator
 from ddpm.errors import UserError, legible
 
-TOLERANCE = 1e-3  # of floats, by which rounding may leave [0, 1]: a quarter of a grey level
+TOLERANCE = 1e-3  # by which rounding may take floats out of [0, 1]: a quarter of a grey level
 SPAN = 1 / 8  # of the whole range: white and black images that end closer together than this have lost their contrast
 MODULE = TRANSFORM.module
 RULE = "the list must end in uint8 images, or in float32 in [0, 1]"
@@ -47,8 +47,11 @@ class Transforms:
         """Transform uint8 (C, H, W). Seeds torch's global generator, which the caller has to fork.
 
         Args:
-            closely: refuse floats outside [0, 1] after each transform. The next may hide them: many of torchvision's
-                take floats to be in [0, 1], and clamp.
+            closely: refuse floats outside [0, 1] after each transform. The next transform may hide them: many of
+                torchvision's clamp floats to [0, 1].
+
+        Returns:
+            What the last transform gives, which `stack` checks.
 
         Raises:
             UserError: a transform fails; the line names it.
@@ -70,7 +73,7 @@ class Transforms:
         """The transformed images, each of `shape` (C, H, W), as a batch: uint8, or float32 in [0, 1].
 
         Raises:
-            UserError: they are anything else.
+            UserError: the images are anything else.
         """
         for image in images:
             if not isinstance(image, Tensor):
@@ -83,8 +86,8 @@ class Transforms:
                 raise self._fault(None, f"gives images of shape {tuple(image.shape)}", remedy)
         dtypes = sorted({_dtype(image) for image in images})
         if len(dtypes) > 1:
-            remedy = f"{RULE}; apply what converts to every image, or to none"
-            raise self._fault(None, f"gives {' or '.join(dtypes)} by chance", remedy)
+            remedy = f"{RULE}; apply the conversion to every image, or to none"
+            raise self._fault(None, f"gives {' or '.join(dtypes)} at random", remedy)
         if dtypes[0] not in ("uint8", "float32"):
             remedy = f"{RULE}; end it with ToDtype (dtype: torch.float32, scale: true), or leave the conversion out"
             raise self._fault(None, f"gives images of {dtypes[0]}", remedy)
@@ -96,7 +99,7 @@ class Transforms:
         """Try the list on noise, black and white images of `shape` (C, H, W), so that a fault shows at once.
 
         Raises:
-            UserError: as for a call and `stack`; or white and black images come out nearly the same.
+            UserError: as for a call and `stack`; or white and black images become nearly the same.
         """
         if not self.nodes:
             return
@@ -112,7 +115,7 @@ class Transforms:
             raise self._fault(None, f"gives {_dtype(batch)} from {low:.4g} to {high:.4g} for any image", remedy)
 
     def _check_range(self, images: Any, i: int | None) -> None:
-        """Refuse float images outside [0, 1], which transform `i`, or the whole list, has given."""
+        """Refuse float images outside [0, 1]; transform `i` returned them, or for None the whole list."""
         if not isinstance(images, Tensor) or not images.is_floating_point():
             return
         low, high = (float(bound) for bound in images.aminmax())
@@ -126,7 +129,7 @@ class Transforms:
         raise self._fault(i, f"gives floats from {low:.4g} to {high:.4g}, and must stay in [0, 1]", remedy)
 
     def _names(self, name: str, i: int | None) -> bool:
-        """Whether transform `i`, or any of the list, is of this class or holds one that is."""
+        """Whether transform `i`, or for None any of the list, is of this class or contains one that is."""
         return f"'{MODULE}.{name}'" in str(self.nodes if i is None else self.nodes[i])
 
     def _fault(self, i: int | None, text: str, remedy: str) -> UserError:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # features in a block: 32 MiB of float64
+# Features in a block: 64 MiB of float64. glibc takes less than 32 MiB from a heap in which torch's aligned arrays leave
+# holes that no later array fits: the memory would grow with the set.
+BLOCK = 2**23
 PAIRS = 2**25  # distances in a block: 256 MiB
 
 
@@ -36,15 +38,19 @@ def products(a: np.ndarray, b: np.ndarray, device: torch.device, means: tuple[Te
     Args:
         means: subtracted from all rows of a and of b, float64 (D,) each.
     """
-    out = None
-    width = max(1, BLOCK // max(1, len(a) + len(b)))
+    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=device)
+    width = max(1, BLOCK // max(1, len(a)))
     for start in range(0, a.shape[1], width):
         columns = slice(start, start + width)
-        left, right = double(a[:, columns], device), double(b[:, columns], device)
+        left = double(a[:, columns], device)
         if means is not None:
-            left, right = left - means[0][columns], right - means[1][columns]
-        out = left @ right.T if out is None else out.addmm_(left, right.T)
-    return torch.zeros(len(a), len(b), dtype=torch.float64, device=device) if out is None else out
+            left -= means[0][columns]
+        for rows in row_blocks(b[:, columns]):
+            right = double(b[rows, columns], device)
+            if means is not None:
+                right -= means[1][columns]
+            out[:, rows].addmm_(left, right.T)
+    return out
 
 
 def square_norms(features: np.ndarray, device: torch.device) -> Tensor:

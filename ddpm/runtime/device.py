@@ -1,4 +1,4 @@
-"""Device, numerical exactness, and the kernels of a training."""
+"""Choose the device, its numerical exactness and the kernels of a training; measure and explain memory."""
 
 import os
 import resource
@@ -18,20 +18,23 @@ from ddpm.config.schema import Runtime, Train
 from ddpm.errors import UserError
 from ddpm.runtime import gpus, processes
 
-NO_MEMORY = ("allocate memory", "ALLOC_FAILED", "out of memory")  # of the CPU; of cuBLAS and cuDNN; of CUDA and NCCL
-COMPILE_FROM = 10_000  # steps: what a compiled step saves has then paid for the minute or two of compiling
+# In the messages of the CPU's allocator; of cuBLAS and cuDNN; of CUDA and NCCL
+NO_MEMORY = ("allocate memory", "ALLOC_FAILED", "out of memory")
+COMPILE_FROM = 10_000  # steps: in more than that, compiled steps save more than the minute or two of compiling
 
 
 def choose_device(runtime: Runtime) -> torch.device:
-    """Pick the device, set torch's exactness for it, and print both. A GPU is this process's own until it ends.
+    """Choose the device, set torch's exactness for it, and print both.
+
+    A GPU is locked for this process until it ends; while other runs hold all GPUs, this waits.
 
     Raises:
-        UserError: `cuda` was asked for and is not there.
+        UserError: `runtime.device` is cuda, and this machine has no CUDA device.
     """
     if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("params.yaml: runtime.device = 'cuda': this machine has none; use auto or cpu")
+        raise UserError("params.yaml: runtime.device = 'cuda': this machine has no CUDA device; use auto or cpu")
     if runtime.threads is not None:
-        # Kernels split their sums by the number of threads: the bytes follow from it, not from the cores there are
+        # Kernels split their sums by the number of threads: the bytes depend on this setting, not on the cores
         torch.set_num_threads(runtime.threads)
     if runtime.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")  # the current one
@@ -73,10 +76,13 @@ class Kernels:
 def choose_kernels(train: Train, runtime: Runtime, device: torch.device, steps: int) -> Kernels:
     """Resolve every `auto` for a training of `steps` steps, and print the result.
 
-    Where the bytes have to be reproducible, auto takes nothing whose result depends on the machine.
+    In a reproducible run, auto chooses nothing whose result depends on the machine.
+
+    Args:
+        steps: optimizer steps of the whole training; a short one is not compiled.
 
     Raises:
-        UserError: `compile: true`, and this machine cannot compile.
+        UserError: `train.compile` is true, and this machine cannot compile.
     """
     auto, cuda = not runtime.reproducible, device.type == "cuda"
     precision, form = train.precision, memory_format(runtime, device)
@@ -98,12 +104,13 @@ def choose_kernels(train: Train, runtime: Runtime, device: torch.device, steps: 
 
 
 def compile_fault(device: torch.device) -> str | None:
-    """Why torch.compile would stop at the first step on this machine, and what would help; None: it has what it needs.
+    """Why torch.compile would fail at the first step on this machine, and what to install; None if nothing is missing.
 
-    On a GPU it needs what Triton does: a C compiler, Python's headers and tensor cores; on a CPU a C++ compiler.
+    On a GPU torch.compile needs Triton, and with it a C compiler, Python's headers and compute capability 7.0; on a CPU
+    it needs a C++ compiler and Python's headers.
     """
     cuda = device.type == "cuda"
-    variable, known = ("CC", ("gcc", "clang")) if cuda else ("CXX", ("g++",))  # the names that are looked for
+    variable, known = ("CC", ("gcc", "clang")) if cuda else ("CXX", ("g++",))  # where torch and Triton look
     asked = os.environ.get(variable)
     headers = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
     if cuda and find_spec("triton") is None:
@@ -111,23 +118,26 @@ def compile_fault(device: torch.device) -> str | None:
     if cuda and torch.cuda.get_device_capability(device) < (7, 0):
         return "Triton needs a GPU of compute capability 7.0 or above"
     if not any(map(shutil.which, [asked] if asked else known)):
-        where = f"{variable} = {asked!r} is no program" if asked else f"{' or '.join(known)} is needed, and not there"
+        where = f"{variable} = {asked!r} is not a program" if asked else f"{' or '.join(known)} is not installed"
         return f"{where}; apt-get install {'gcc' if cuda else 'g++'}"
     if not headers.exists():
-        return f"{headers} is needed, and not there; apt-get install python3-dev, or use uv's or conda's Python"
+        return f"{headers} is missing; apt-get install python3-dev, or use uv's or conda's Python"
     return None
 
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error into one line that names the settings that help.
+    """Turn an out-of-memory error of the block into one line that names the settings that help.
+
+    Args:
+        advice: the settings to change, as the end of the line "out of memory: ".
 
     Raises:
         UserError: in place of torch's own error.
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch has a more specific class, for some of CUDA's alone
+    except (RuntimeError, MemoryError) as error:  # torch's more specific class covers only some of CUDA's errors
         specific = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not specific and not any(words in str(error) for words in NO_MEMORY):
             raise
@@ -135,7 +145,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held so far, in GiB: of the GPU, or on a CPU of the machine."""
+    """The peak of this process's memory so far, in GiB: on the GPU, or for a CPU in the machine's RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**10 if sys.platform == "linux" else 1  # macOS counts in bytes

@@ -1,6 +1,6 @@
 """A GPU of its own for each run on this machine: a lock per device, which the kernel frees however the run ends.
 
-Without it all runs of `dvc queue start -j 4` would land on the first GPU.
+Without the locks, all runs of `dvc queue start -j 4` would use the first GPU.
 """
 
 import fcntl
@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-LOCKS = Path("/tmp")  # of the whole machine: TMPDIR may be a job's own
+LOCKS = Path("/tmp")  # shared by the whole machine: TMPDIR may belong to one job
 POLL = 1.0  # seconds between two looks for a free device
-_held: list[int] = []  # open until the process ends
+_held: list[int] = []  # the locked files, open until the process ends
 
 
 def names() -> list[str]:
@@ -23,27 +23,28 @@ def names() -> list[str]:
 
 
 def visible(places: Sequence[int], present: str | None) -> str:
-    """CUDA_VISIBLE_DEVICES for some of the devices that this process sees.
+    """The value of CUDA_VISIBLE_DEVICES for some of the devices that this process sees.
 
     Args:
-        present: its value now; None where it is not set.
+        places: the indices of these devices.
+        present: the variable's value now; None where it is not set.
     """
     known = present.split(",") if present else None
     return ",".join(known[place] if known else str(place) for place in places)
 
 
 def take(names: Sequence[str], count: int = 1, locks: Path = LOCKS) -> list[int]:
-    """Lock `count` of these devices for this process until it ends, and wait while there are not as many free ones.
+    """Lock `count` of these devices until this process ends; wait while fewer of them are free.
 
-    Either all are taken or none, so that two runs never wait for each other.
+    A run locks all of its devices at once or none, so that two runs never wait for each other.
 
     Args:
-        names: of the devices, the same in every process of the machine, as a GPU's UUID. More are asked for than there
-            are: all of them.
+        names: one per device, the same in every process of the machine, such as a GPU's UUID.
+        count: how many devices to lock; all of them where there are fewer.
         locks: the folder of the locks.
 
     Returns:
-        The places of the devices in `names`.
+        The indices of the locked devices in `names`.
     """
     count, reported = min(count, len(names)), False
     while True:
@@ -57,17 +58,15 @@ def take(names: Sequence[str], count: int = 1, locks: Path = LOCKS) -> list[int]
         for file in taken.values():
             os.close(file)
         if not reported:
-            print(
-                f"{count} of {len(names)} GPUs needed, and other runs have them; waiting", file=sys.stderr, flush=True
-            )
+            print(f"waiting for {count} of {len(names)} GPUs, which other runs hold", file=sys.stderr, flush=True)
             reported = True
         time.sleep(POLL)
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file, and make it where there is none; None: another process holds it."""
+    """Lock a file, created if it is missing, and return its descriptor; None where another process holds the lock."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # of another user: may be read, not created again
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # another user's may be read, but not opened with O_CREAT
     except FileNotFoundError:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CREAT, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""A function over many files on all cores, its results always in the order of the files."""
+"""Apply a function to many files on all cores; the results keep the order of the files."""
 
 import multiprocessing
 import os
@@ -21,21 +21,26 @@ Result = TypeVar("Result")
 def in_parallel(
     function: Callable[[str], Result], files: Sequence[str], chunk: int, label: str
 ) -> Generator[list[Result], None, None]:
-    """`function` of every file in the order of `files`, in lists of `chunk` results, made on all cores.
+    """Apply `function` to every file on all cores; yield the results in the order of `files`, `chunk` at a time.
 
     At most two chunks per process are in flight, so memory does not grow with the number of files. Closing the
-    generator, or an exception in it, ends the processes at once. `function` must be picklable. `label` names
-    the work in its progress bar.
+    generator, or an exception in it, kills the processes at once.
+
+    Args:
+        function: picklable; it gets an absolute path.
+        files: paths; relative ones start from the current folder.
+        chunk: results per list; the last list may be shorter.
+        label: names the work in its progress bar.
 
     Raises:
-        UserError: a process was killed from outside.
+        UserError: a process was killed from outside. What `function` raises is raised here, too.
     """
-    # Relative names would be looked up in the folder that the program was started in.
+    # The processes would look relative names up in the folder that the program was started in.
     chunks = [
         [str(Path(file).absolute()) for file in files[start : start + chunk]] for start in range(0, len(files), chunk)
     ]
     workers = max(1, min(_cores(), len(chunks)))
-    # Not fork: numpy's threads are running by now, and a copy of a running thread's lock can hang a process.
+    # Not fork: NumPy's threads run by now, and a child that inherits a lock which one of them holds would hang.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     others = set(multiprocessing.active_children())
@@ -56,7 +61,7 @@ def in_parallel(
         except BrokenProcessPool:
             raise UserError(
                 "a process that reads images was killed, most likely because memory ran out; "
-                "use fewer at once (taskset -c 0 leaves one)"
+                "use fewer processes (taskset -c 0 leaves one)"
             ) from None
         except BaseException:  # GeneratorExit and Interrupted too: the pending chunks are no longer needed
             for process in set(multiprocessing.active_children()) - others:
@@ -73,10 +78,10 @@ def _apply(function: Callable[[str], Result], files: list[str]) -> list[Result]:
 
 
 def _start_worker() -> None:
-    """A worker leaves signals to its parent, which ends it, and ends with its parent however that dies."""
+    """Ignore signals in a worker, since its parent ends it; exit when the parent dies, however that happens."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's, on odd metadata: what matters comes back as a broken file
+    warnings.simplefilter("ignore")  # Pillow's, about odd metadata; damage to pixels is reported as a broken file
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

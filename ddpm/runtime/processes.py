@@ -1,7 +1,7 @@
 """Several processes that work as one (torchrun): launch, rank, size and agreement.
 
-A stage that runs alone has size 1, and every function here then does nothing. Which process does which part of the
-work never decides a random draw, so the number of processes changes a result by rounding alone.
+A stage that runs alone has rank 0 and size 1, and nothing is exchanged. No random draw depends on which process does
+which part of the work, so the number of processes changes a result only by rounding.
 """
 
 # torch is imported where it is needed: a stage checks its parameters before it loads torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ddpm.config.schema import Runtime
 
-TIMEOUT = timedelta(hours=1)  # rank 0 falls behind while it draws a preview
+TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 draws a preview
 _joined = False
 
 
@@ -34,13 +34,14 @@ def is_worker() -> bool:
 
 
 def launch(runtime: "Runtime") -> None:
-    """Run this stage in several processes by torchrun, and end with the exit code of the one that ended first.
+    """Run this stage in several processes by torchrun. If one fails, exit with the code of the first that failed.
 
-    A process that dies takes the others with it. Several machines find each other by torchrun's own variables, PET_*.
+    When a process dies, torchrun ends the others. Several machines find each other by torchrun's own variables, PET_*.
 
     Raises:
         Interrupted: a signal has stopped the run.
         UserError: a signal has ended one of the processes.
+        SystemExit: a process has failed, and has printed why.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -52,8 +53,8 @@ def launch(runtime: "Runtime") -> None:
     count = runtime.processes or max(1, gpus_here)
     if runtime.device != "cpu" and 0 < gpus_here < count:
         print(
-            f"runtime.processes = {count}: more than the GPUs of this machine, {gpus_here}, so processes share them, "
-            "which is slower than one process per GPU",
+            f"runtime.processes = {count}: more than this machine's {gpus_here} GPU{'s' * (gpus_here > 1)}; processes "
+            "that share a GPU are slower than one process per GPU",
             flush=True,
         )
     if runtime.device != "cpu" and (places := gpus.take(gpus.names(), count)):
@@ -104,12 +105,12 @@ def as_worker() -> Iterator[None]:
 
 
 def join() -> None:
-    """Connect to torchrun's other processes: on GPUs by NCCL where each process has one of its own, else by gloo."""
+    """Connect to torchrun's other processes: by NCCL on GPUs where each process has a GPU of its own, else by gloo."""
     global _joined
     import torch
     import torch.distributed as dist
 
-    gpu_each = int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()  # NCCL refuses two on one
+    gpu_each = int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()  # NCCL refuses two processes on one
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=TIMEOUT)
     _joined = True
 
@@ -138,13 +139,13 @@ def local_rank() -> int:
 
 
 def share(count: int) -> slice:
-    """The rows of a batch of `count` that this process works on; `size()` has to divide `count`."""
+    """The rows of a batch of `count` rows that this process works on; `size()` has to divide `count`."""
     part = count // size()
     return slice(rank() * part, (rank() + 1) * part)
 
 
 def mean(values: "Tensor") -> "Tensor":
-    """The mean over all processes of a tensor in the CPU's memory."""
+    """Replace `values`, a tensor of any shape on the CPU, by the mean over all processes, and return it."""
     if size() > 1:
         import torch.distributed as dist
 
@@ -154,7 +155,7 @@ def mean(values: "Tensor") -> "Tensor":
 
 
 def gathered(values: "Tensor") -> "Tensor":
-    """The rows of a tensor in the CPU's memory, those of all processes in their order; each has as many."""
+    """The rows of all processes, in the order of their ranks: (n, ...) on the CPU in each, to (size() * n, ...)."""
     if size() == 1:
         return values
     import torch
@@ -166,7 +167,7 @@ def gathered(values: "Tensor") -> "Tensor":
 
 
 def any_process(here: bool) -> bool:
-    """Whether `here` holds in any process. Each waits for all."""
+    """Whether `here` is true in any process. All have to call it, and each waits for all."""
     if size() == 1:
         return here
     import torch
@@ -178,5 +179,5 @@ def any_process(here: bool) -> bool:
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
-    any_process(False)  # over the CPUs: torch's own barrier would need a device
+    """Wait until every process has called this."""
+    any_process(False)  # on the CPU: torch's own barrier would need a device

@@ -17,21 +17,21 @@ class Progress(tqdm):
 
     def __init__(self, total: int, desc: str, unit: str, initial: int = 0) -> None:
         self._terminal = sys.stderr.isatty()
-        self._told: float = initial
+        self._printed: float = initial
         options: dict[str, Any] = {"dynamic_ncols": True}
         if not self._terminal:
-            # the file takes tqdm's own line breaks and carriage returns, and is never shown
+            # tqdm writes its own line breaks and carriage returns into this file, which is never shown
             options = {"bar_format": LINE, "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY, "file": io.StringIO()}
         super().__init__(total=total, desc=desc, unit=unit, initial=initial, unit_scale=True, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self._terminal:
             super().display(msg, pos)
-        elif self.n > self._told:
-            self._told = self.n
+        elif self.n > self._printed:
+            self._printed = self.n
             print(self, file=sys.stderr, flush=True)
 
 
 def seconds_since_start() -> float:
-    """How long ago this process began."""
+    """Seconds since this process started."""
     return time.time() - psutil.Process().create_time()

@@ -1,7 +1,7 @@
 """Resume state: what an interrupted stage needs to continue, kept outside the outputs that DVC deletes.
 
 A state belongs to one fingerprint of parameters, data, code and library versions, so it is never picked up by
-another run. Files are written whole or not at all, carry a checksum, and the one before is kept beside them.
+another run. Files are written whole or not at all and carry a checksum; the previous state is kept beside the newest.
 """
 
 import fcntl
@@ -35,10 +35,10 @@ ORIGIN = "origin.json"  # in the folder of a state: the code and the libraries t
 
 
 class Store:
-    """Runs a long loop over batches. This one only computes; `ResumeState` also keeps what is finished."""
+    """Runs a long loop over batches. This class only computes; `ResumeState` also keeps the finished batches."""
 
     def kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array of this name: here always computed."""
+        """The array of this name, which this class always computes."""
         return compute()
 
     def batches(
@@ -47,9 +47,9 @@ class Store:
         """The batches of `count` rows, `size` rows each and the last one perhaps fewer: (rows, array), in order.
 
         Args:
-            name: of the loop, unique in its run and a file name: other work has another name.
-            compute: the array of a batch; it may move the bar as it works.
-            bar: ends at its total, which stands for all rows; it moves for a batch that is read back, too.
+            name: of the loop, unique in its run; it begins the names of the batches' files.
+            compute: returns the array of the batch of these rows; it may move the bar as it works.
+            bar: its total stands for all `count` rows; it also moves for a batch that is read back.
         """
         for rows in _slices(count, size):
             array = self.kept(_part(name, rows), partial(compute, rows))
@@ -66,7 +66,7 @@ def _part(name: str, rows: slice) -> str:
 
 
 def fingerprint(*facts: object) -> str:
-    """A short name of a run: it follows from `facts` (JSON-like: parameters, data) and from nothing else."""
+    """The name of a run, 16 hexadecimal digits: it depends on `facts` (JSON-like: parameters, data) alone."""
     return _short(json.dumps(facts, sort_keys=True, default=str))
 
 
@@ -92,18 +92,20 @@ def stage_of(folder: Path) -> str:
 
 
 def adopt(folder: Path) -> Path:
-    """Give the state of an unfinished run to today's code, in place of what that has saved of the same run.
+    """Let today's code resume the state of an unfinished run that other code has saved.
+
+    A state that today's code has saved of the same run is deleted.
 
     Returns:
         The state's new folder.
 
     Raises:
-        UserError: there is no such state, it is today's already, or a process holds one of the two.
+        UserError: there is no such state, it is already that of today's code, or a process holds one of the two.
     """
     stage, run = stage_of(folder), folder.name.rpartition("-")[0].partition("-")[2]
     new = state_folder(folder.parent, stage, run)
     if not folder.is_dir() or folder == new:
-        what = "is the state of today's code already" if folder.is_dir() else "there is no such state"
+        what = "is already the state of today's code" if folder.is_dir() else "there is no such state"
         raise UserError(f"{folder}: {what}; make states shows all")
     if in_use(folder) or (new.exists() and not discard(new)):
         raise UserError(f"{folder}: a stage is running on this state or on the one that it replaces; stop it first")
@@ -113,10 +115,10 @@ def adopt(folder: Path) -> Path:
 
 
 def states(parent: Path, stage: str = "*") -> list[Path]:
-    """The folders of all unfinished runs of a stage, the one that was saved last at the end."""
+    """The folders of all unfinished runs of a stage, in the order of their last saves."""
     saved = {}
     for folder in parent.glob(f"{stage}-*"):
-        with suppress(FileNotFoundError):  # complete by now
+        with suppress(FileNotFoundError):  # the run has completed meanwhile
             saved[folder] = folder.stat().st_mtime
     return sorted(saved, key=lambda folder: saved[folder])
 
@@ -133,7 +135,7 @@ def in_use(folder: Path) -> bool:
 
 def discard(folder: Path) -> bool:
     """Delete the state of an unfinished run; False where a process holds it."""
-    with suppress(FileNotFoundError), (folder / "lock").open("a") as file:  # gone: complete by now
+    with suppress(FileNotFoundError), (folder / "lock").open("a") as file:  # the run has completed meanwhile
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -145,7 +147,7 @@ def discard(folder: Path) -> bool:
 def _delete(folder: Path) -> None:
     done = folder.with_suffix(".done")
     if folder != done:
-        shutil.rmtree(done, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(done, ignore_errors=True)  # left by a run that was killed here
         folder.rename(done)  # at once: another process may be about to lock it
     shutil.rmtree(done)
 
@@ -153,11 +155,11 @@ def _delete(folder: Path) -> None:
 class ResumeState(Store):
     """The folder of one run's state, held by one process at a time, or by several that work as one.
 
-    Use as a context manager. Of the stage's unfinished runs that no process holds, the oldest beyond
-    `MAX_UNFINISHED_RUNS` are removed.
+    Use as a context manager. Entering it removes the stage's oldest unfinished runs beyond `MAX_UNFINISHED_RUNS`, apart
+    from those that a process holds.
 
     Raises:
-        UserError: another process holds the folder and does not end.
+        UserError: another process holds the folder and does not end in time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -169,7 +171,7 @@ class ResumeState(Store):
     def __enter__(self) -> "ResumeState":
         if processes.rank() == 0:
             self._hold()
-        processes.barrier()  # the others read what is there once the first holds it
+        processes.barrier()  # the others read the state once rank 0 holds the folder
         return self
 
     def _hold(self) -> None:
@@ -177,7 +179,7 @@ class ResumeState(Store):
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock = (self.folder / "lock").open("a")
-            except FileNotFoundError:  # its holder has just removed the folder, as the run is complete
+            except FileNotFoundError:  # its holder has completed the run and removed the folder
                 continue
             try:
                 lock(self._lock.fileno(), self.folder, "another process is at work on this very run")
@@ -214,16 +216,19 @@ class ResumeState(Store):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if processes.rank() == 0:
-            wait(self._saving)  # a second signal may come here: then the lock is held until the process has written
+            wait(
+                self._saving
+            )  # if a second signal interrupts this, the lock is held until the process has written and ended
             self._lock.close()
             self.saved()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Copy `state` (tensors, numbers, strings, containers) now and write it beside what follows, so that a crash
-        leaves this or the one before.
+        """Copy `state` (tensors, numbers, strings, containers) now and write it in the background.
+
+        A crash leaves either this state or the previous one.
 
         Raises:
-            OSError: the save before could not be written.
+            OSError: the previous save could not be written.
         """
         if processes.rank():
             return  # the first process writes the same
@@ -233,10 +238,10 @@ class ResumeState(Store):
         self._saving = [self._writer.submit(self._replace, buffer)]
 
     def saved(self) -> None:
-        """Wait until what was saved has reached the disk.
+        """Wait until the last save has reached the disk.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the save could not be written.
         """
         wait(self._saving)
         while self._saving:
@@ -250,13 +255,13 @@ class ResumeState(Store):
         temporary.replace(current)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state that is whole, or None. A damaged one is reported on stderr and skipped."""
+        """The newest state that is not damaged, or None. A damaged one is reported on stderr and skipped."""
         self.saved()
         for path in self._files:
             if (data := self._read(path)) is not None:
                 try:
                     return dict(torch.load(data, weights_only=True, map_location="cpu"))
-                except Exception:  # of a dozen kinds. The checksum fits, so it is not ours; torch has run none of it
+                except Exception:  # of a dozen kinds. The checksum fits, so others wrote it; torch has run none of it
                     print(f"{path}: damaged, skipped", file=sys.stderr)
         return None
 
@@ -271,7 +276,7 @@ class ResumeState(Store):
         yield from super().batches(name, count, size, compute, bar)
 
     def kept(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array that an interrupted run kept under this name; where there is none, computed now, and kept."""
+        """The array that an interrupted run kept under this name; if there is none, compute it and keep it."""
         path = self.folder / f"{name}.npy"
         if (data := self._read(path)) is not None:
             try:
@@ -286,7 +291,7 @@ class ResumeState(Store):
     def _write(self, path: Path, content: memoryview) -> Path:
         """Write checksum and content for `path` to a temporary file, fsync it, and return it."""
         temporary = path.with_suffix(".tmp")
-        self.folder.mkdir(parents=True, exist_ok=True)  # someone may have cleaned up under a running stage
+        self.folder.mkdir(parents=True, exist_ok=True)  # a person may have deleted it under a running stage
         try:
             with temporary.open("wb") as file:
                 file.write(hashlib.sha256(content).digest())
@@ -294,13 +299,13 @@ class ResumeState(Store):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            temporary.unlink(missing_ok=True)  # the disk may be full: take none of it
-            error.filename = str(temporary)  # a failed write does not know its file
+            temporary.unlink(missing_ok=True)  # the disk may be full: leave nothing there
+            error.filename = str(temporary)  # the error of a failed write names no file
             raise
         return temporary
 
     def _read(self, path: Path) -> io.BytesIO | None:
-        """The content of a whole file; None where there is none. A damaged file is reported on stderr."""
+        """The content behind a file's checksum; None where the file is missing or, reported on stderr, damaged."""
         if not path.exists():
             return None
         data = memoryview(path.read_bytes())

@@ -32,14 +32,16 @@ class Run:
     tracker: Tracker
 
     def check_unchanged(self, changed: bool, path: str | Path) -> None:
-        """Delete the state and stop where any process has found its input `path` changed.
+        """Delete the state and raise if any process has found the input `path` changed.
 
         Raises:
-            UserError: it was changed, and the outputs would belong to no input.
+            UserError: the input was changed, so the outputs would belong to no version of it.
         """
         if processes.any_process(changed):
             self.state.remove()
-            raise UserError(f"{path}: was changed while the stage ran; nothing of it is kept; run it again")
+            raise UserError(
+                f"{path}: was changed while the stage ran, so its results are discarded; run the stage again"
+            )
 
 
 @contextmanager
@@ -62,12 +64,13 @@ def open_run(
         stage: its name, as in dvc.yaml.
         params: the stage's sections; the result follows from them and from `inputs`, so both name the run.
         inputs: hashes and other plain values that stand for the files that the stage reads.
-        memory_advice: the settings to change where memory runs out, after "out of memory: ".
-        run_id: W&B's id; of the training for a stage that comes after it. None: the run's own name.
+        memory_advice: the settings to change where memory runs out, as the end of the line "out of memory: ".
+        run_id: W&B's id of the run; a stage after the training passes the training's. None: this run's own name.
         curves: DVCLive's folder; None to record no curves.
 
     Raises:
-        UserError: `cuda` was asked for and is not there, another process works on this run, or memory ran out.
+        UserError: there is no CUDA device and the parameters ask for one, another process works on this run, or memory
+            ran out.
     """
     config = plain(params)
     name = fingerprint(config, inputs)

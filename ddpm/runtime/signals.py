@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(BaseException):
-    """A signal asked the stage to stop. Not an `Exception`, so that no handler of faults swallows it."""
+    """A signal asked the stage to stop. Not an `Exception`, so that no `except Exception` swallows it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -62,10 +62,11 @@ def signals_deferred() -> Iterator[list[int]]:
 
 
 def die_with_parent(shares_group: bool) -> None:
-    """Stop by SIGTERM when dvc dies, so that no orphan writes beside its successor.
+    """Have SIGTERM sent to this process when dvc dies, so that no orphan writes beside its successor.
 
     Args:
-        shares_group: the parent must be in this process's group, as dvc is; a parent outside has adopted an orphan.
+        shares_group: whether the parent has to be in this process's group, as dvc is; a parent outside the group has
+            adopted an orphan.
 
     Raises:
         Interrupted: the parent has died already.
@@ -75,7 +76,7 @@ def die_with_parent(shares_group: bool) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if "exec-run" in _of_process(parent, "cmdline").split("\0"):
-            above.append(worker := _parent(parent))  # of dvc's queue: without it dvc's outputs are not collected
+            above.append(worker := _parent(parent))  # of dvc's queue: without it nothing collects the outputs
             _watch(lambda: _parent(parent) == worker)
     else:
         _watch(lambda: os.getppid() == parent)
@@ -84,7 +85,7 @@ def die_with_parent(shares_group: bool) -> None:
 
 
 def _of_process(pid: int, what: str) -> str:
-    """A file of Linux's /proc; empty where there is no such process."""
+    """The text of Linux's /proc/<pid>/<what>; empty where there is no such process."""
     try:
         return Path(f"/proc/{pid}/{what}").read_text(errors="replace")
     except OSError:

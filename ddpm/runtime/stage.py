@@ -70,13 +70,14 @@ def run_stage(main: Callable[[Any], None], sections: tuple[str, ...]) -> None:
 
 
 def _check_checkout() -> None:
-    """Refuse a stage that runs as a script with the `ddpm` of another checkout, where that one is installed.
+    """Refuse a stage's script that imports the `ddpm` of another checkout, which is the one that is installed.
 
-    Python looks for a script's imports in the script's own folder, not in the folder above; `-m` does.
+    For a script, Python searches the script's own folder, stages/, and not the checkout; with `-m` it searches the
+    current folder.
     """
     script, library = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[2]
     if script.parent.name == "stages" and script.parents[1] != library:
-        raise UserError(f"{script}: imports ddpm from {library}, another checkout: python -m stages.{script.stem}")
+        raise UserError(f"{script}: imports ddpm from {library}, another checkout; run python -m stages.{script.stem}")
 
 
 def _set_environment(params: Any) -> None:

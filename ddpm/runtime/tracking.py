@@ -23,7 +23,7 @@ from ddpm.runtime import processes
 from ddpm.runtime.workspace import root
 
 PATIENCE = {"online": 20, "offline": 90}  # seconds: for a server, and for W&B's own service on a busy machine
-SERVER = "https://api.wandb.ai"  # W&B also uses the key of this address, whatever its present one
+SERVER = "https://api.wandb.ai"  # W&B also accepts the key of this address, whatever its server's address is now
 
 
 class Tracker:
@@ -32,7 +32,7 @@ class Tracker:
     Args:
         folder: DVCLive's, emptied first; None to record no curves.
         config: every parameter of the run, as plain values.
-        run_id: W&B's id of the run: stages that belong together give the same.
+        run_id: W&B's id of the run; the stages that belong together pass the same.
         stage: the name of the stage, for W&B's job type and as the prefix of its metrics.
     """
 
@@ -49,7 +49,7 @@ class Tracker:
         self._wandb(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def log(self, step: int, metrics: dict[str, float], machine: dict[str, float] | None = None) -> None:
-        """Record values at a step. `machine`: what depends on the clock or the machine, for W&B alone."""
+        """Record values at a step. `machine`: values that depend on the clock or the machine; only W&B gets them."""
         if self.live:
             self.live.step = step  # next_step() would read every file again
             for name, value in metrics.items():
@@ -58,7 +58,7 @@ class Tracker:
         self._wandb(lambda run: run.log(values | {f"{self.stage}/step": step}))
 
     def log_picture(self, step: int, name: str, picture: Image.Image, folder: Path | None = None) -> None:
-        """Record a picture; `folder` also keeps it as <name>.png."""
+        """Record a picture in W&B; where `folder` is given, also save it there as <name>.png."""
         if folder and self._records:
             pictures.save(picture, folder / f"{name}.png")
         key = f"{self.stage}/{name.split('_')[0]}"
@@ -101,7 +101,10 @@ def _has_key() -> bool:
 
 
 def _start_wandb(tracking: Tracking, config: dict[str, Any], run_id: str, stage: str) -> Any:
-    """The run, or None: where it cannot be recorded online it is offline, and where not even that, a warning."""
+    """Start the W&B run, offline where it cannot be online; None where it is disabled, or neither works.
+
+    Every step down is a warning.
+    """
     mode: Any = os.environ.get("WANDB_MODE") or tracking.wandb
     if mode == "auto":
         mode = "online" if _has_key() else "offline"

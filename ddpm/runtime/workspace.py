@@ -31,6 +31,7 @@ def lock(file: int, place: Path, whose: str) -> None:
     """Lock an open file or folder until it is closed. The kernel frees it, however the process ends.
 
     Args:
+        place: the file or folder, for the message.
         whose: who else may hold it, for the message.
 
     Raises:
@@ -45,7 +46,7 @@ def lock(file: int, place: Path, whose: str) -> None:
             if time.monotonic() > deadline:
                 raise UserError(f"{place}: {whose}; wait for it or stop it") from None
         if not reported:
-            print(f"{place}: {whose}; waiting for its end", file=sys.stderr, flush=True)
+            print(f"{place}: {whose}; waiting for it to end", file=sys.stderr, flush=True)
             reported = True
         time.sleep(0.1)
 
@@ -67,7 +68,7 @@ def exclusive_folder() -> Iterator[None]:
 
 
 def shorten_sockets() -> None:
-    """Where TMPDIR is too long for the address of a socket, let worker processes meet in another folder.
+    """Where TMPDIR is too long for the address of a socket, put the sockets of worker processes into another folder.
 
     Only the sockets go there: TMPDIR is where the user wants large files.
 
@@ -83,7 +84,7 @@ def shorten_sockets() -> None:
     for short in SHORT_FOLDERS:
         tempfile.tempdir = short
         try:
-            get_temp_dir()  # multiprocessing keeps to what it has made, in this process and in its children
+            get_temp_dir()  # multiprocessing keeps using the folder that it has made, in the children too
         except OSError:
             continue
         finally:

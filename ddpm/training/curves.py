@@ -1,4 +1,4 @@
-"""The curves of a training: the losses since the last point, and the end of a training that diverged."""
+"""The curves of a training: means between two points, and the check that the training has not diverged."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ class Window:
 
     Args:
         names: of the curves; the first is the loss, the last the gradient's norm.
-        size: most steps between two points.
+        size: the most steps between two points.
     """
 
     def __init__(self, names: tuple[str, ...], size: int, device: torch.device) -> None:
@@ -23,7 +23,7 @@ class Window:
         self._count = 0
 
     def add(self, values: Tensor) -> None:
-        """Take the values (curves,) of one step."""
+        """Add the values of one step, float32 (curves,)."""
         self._values[self._count] = values
         self._count += 1
 
@@ -33,10 +33,13 @@ class Window:
         self._values[: self._count] = values
 
     def check(self, step: int) -> Tensor:
-        """The window's values (n, curves) after `step`, on the CPU.
+        """The values (n, curves) in the window, averaged over the processes, on the CPU.
+
+        Args:
+            step: the last step, counted from 0.
 
         Raises:
-            UserError: one of them is not finite.
+            UserError: a value is not finite.
         """
         values = processes.mean(self._values[: self._count].to("cpu", copy=True))
         finite = values.isfinite().all(dim=1)
@@ -50,7 +53,7 @@ class Window:
         return values
 
     def take(self, step: int) -> dict[str, float]:
-        """The means of the window after `step`; the window is empty then.
+        """The mean of each curve since the last point, by its name; empties the window. `step`: as for `check`.
 
         Raises:
             UserError: a value is not finite, or the loss is far above that of a network that predicts zero.
@@ -60,7 +63,7 @@ class Window:
         if loss > DIVERGED_LOSS:
             raise UserError(
                 f"training diverged: the mean loss of steps {step - self._count + 1} to {step} is {loss:.1f}, and a "
-                f"network that predicts nothing has about 1; lower optimizer.lr, or set train.grad_clip"
+                f"network that predicts zero has about 1; lower optimizer.lr, or set train.grad_clip"
             )
         self._count = 0
         return means

@@ -19,8 +19,8 @@ class Draws:
     Attributes:
         flip: which images are mirrored, bool (b, 1, 1, 1); None: flips are off.
         t: timesteps, int64 (b,) in [0, T).
-        noise: standard normal (B, C, H, W), of all processes.
-        hidden: which labels are hidden, bool (b,); None: the network has no label for that.
+        noise: standard normal (B, C, H, W), for the images of all processes.
+        hidden: which labels are replaced by "no label", bool (b,); None where the network has no such label.
     """
 
     flip: Tensor | None
@@ -30,13 +30,14 @@ class Draws:
 
 
 def draw(setup: Setup, train: Train, shape: torch.Size, step: int) -> Draws:
-    """The draws of step `step`, which also seeds torch for the step's dropout.
+    """Draw the random numbers of a step, and seed torch for the step's dropout.
 
-    They are drawn for the whole batch, and a process takes its share, so that they do not depend on the number of
-    processes. (Dropout does: each process draws its own.)
+    The numbers are drawn for the whole batch, and each process takes its share, so that they do not depend on the
+    number of processes. (Dropout does: each process draws its own.)
 
     Args:
         shape: of an image, (C, H, W).
+        step: counted from 0.
     """
     count, device, mine = train.batch_size, setup.device, processes.share(train.batch_size)
     torch.manual_seed(derive(train.seed, "step", step))
@@ -55,18 +56,23 @@ def draw(setup: Setup, train: Train, shape: torch.Size, step: int) -> Draws:
 
 
 def coupled(train: Train, x0: Tensor, noise: Tensor) -> Tensor:
-    """The noise (b, C, H, W) of each of this process's images x0 (b, C, H, W), out of that of the whole batch.
+    """The noise (b, C, H, W) for each of this process's images, picked from the noise of the whole batch.
 
-    independent: in the order in which it was drawn. assigned: each image of the batch takes another one, so that the
-    sum of the squared distances is the least (immiscible diffusion, Li et al. 2024, arXiv 2406.12303, algorithm 1).
+    independent: in the order in which it was drawn. assigned: images and noise are paired one to one over the whole
+    batch so that the sum of the squared distances within the pairs is the least (immiscible diffusion, Li et al. 2024,
+    arXiv 2406.12303, algorithm 1).
 
     Distances are sums of whole numbers, which float64 holds exactly: they, and so the assignment and its ties, are the
     same on every processor and for every number of processes.
+
+    Args:
+        x0: this process's images, float32 (b, C, H, W) in [-1, 1].
+        noise: standard normal, float32 (B, C, H, W).
     """
     mine = processes.share(train.batch_size)
     if train.noise_coupling == "independent":
         return noise[mine]
-    # |x - n|^2 = |x|^2 + |n|^2 - 2 x n, and an assignment changes the last part alone
+    # |x - n|^2 = |x|^2 + |n|^2 - 2 x n, and only the last term depends on the assignment
     levels, draws = (x0 * 255).round().double().flatten(1), (noise * 256).round().double().flatten(1)
     cost = processes.gathered((-levels @ draws.T).cpu())
     _, chosen = linear_sum_assignment(cost.numpy())

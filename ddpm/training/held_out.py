@@ -1,4 +1,4 @@
-"""The loss of held-out images during a training, on fixed draws: when does the network stop to learn, or copy?"""
+"""The loss of held-out images during a training, on fixed draws: it rises when the network memorises its images."""
 
 import numpy as np
 import torch
@@ -20,13 +20,13 @@ NAMES = ("held_out_loss", *(f"held_out_loss_{i + 1}_of_{RANGES}" for i in range(
 class HeldOutLoss:
     """The simple loss (Ho et al. 2020, eq. 14) of held-out images, the same images, timesteps and noise each time.
 
-    The timesteps are spread evenly over 0 ... T-1, whatever the training draws, so that trainings that differ in it
-    can be compared. Images are spread evenly over the split, and repeated where it has fewer than `DRAWS`.
+    The timesteps are spread evenly over 0 ... T-1, so that trainings with different distributions of timesteps can be
+    compared. The images are spread evenly over the split, and repeated where it has fewer than `DRAWS`.
 
     Args:
         held_out: the test split.
-        seed: of the draws.
-        batch_size: images at a time.
+        seed: of timesteps and noise.
+        batch_size: images per forward pass.
     """
 
     def __init__(self, held_out: Images, diffusion: GaussianDiffusion, seed: int, batch_size: int) -> None:
@@ -34,12 +34,13 @@ class HeldOutLoss:
         self._images, self._labels = held_out
         rows = np.linspace(0, len(self._images) - 1, min(DRAWS, len(self._images))).astype(int)
         draws = generator(seed, "held-out curve")
-        self._rows = draws.permutation(np.resize(rows, DRAWS))  # classes may be in order, and timesteps are below
+        # Shuffled: the split may be sorted by class, and the timesteps ascend
+        self._rows = draws.permutation(np.resize(rows, DRAWS))
         self._t = ((np.arange(DRAWS) + draws.random(DRAWS)) / DRAWS * diffusion.timesteps).astype(np.int64)
 
     @torch.no_grad()
     def __call__(self, model: UNet) -> dict[str, float]:
-        """The mean loss, and that of each range of timesteps, from the least noise to the most, by `NAMES`.
+        """The mean loss, and the mean of each range of timesteps from the least noise to the most, by `NAMES`.
 
         Args:
             model: in evaluation mode; a class-conditional one is given each image's class.

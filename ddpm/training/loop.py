@@ -1,4 +1,4 @@
-"""The training loop: steps, curves, previews, saved states, and the way back after a stop."""
+"""The training loop: steps, curves, previews, saved states, and how a training resumes after a stop."""
 
 import math
 import signal
@@ -32,14 +32,17 @@ from ddpm.training.setup import Setup
 from ddpm.training.step import optimizer_step
 
 PREVIEW_IMAGES = 36  # images in each grid of a training
-PREVIEW_STEPS = 25  # DDIM steps of a preview: the more there are, the less time is left to train
-MOST_TIMES = 250  # previews of a training, so that a long one on a small folder does not fill the disk
-PREVIEW_SHARE, HELD_OUT_SHARE = 0.25, 0.05  # of the time of the training, at most
+PREVIEW_STEPS = 25  # DDIM steps of a preview: more of them leave less time to train
+MOST_TIMES = 250  # previews per training: a long training on a small folder must not fill the disk
+PREVIEW_SHARE, HELD_OUT_SHARE = 0.25, 0.05  # of the training's time, at most
 
 
 def memory_advice(train: Train) -> str:
-    """The settings to change where memory runs out: first the least train.accumulation that halves what a step holds,
-    with the same result to rounding, where the batch can be divided further."""
+    """The settings to change where memory runs out, separated by commas.
+
+    If the batch can be divided further, the first is the least train.accumulation that halves the images per part, or
+    else the largest; the result is the same to rounding.
+    """
     images, now = train.batch_size // processes.size(), train.accumulation
     parts = [k for k in range(now + 1, images + 1) if images % k == 0]
     advice = []
@@ -54,15 +57,16 @@ def memory_advice(train: Train) -> str:
 
 
 def epochs_between(asked: int, evaluations: int, share: float, epoch: int, whole: int) -> int:
-    """The least multiple of `asked` epochs at which what is done beside the training is neither the main work nor too
-    many files.
+    """The epochs between two previews (or held-out losses): a multiple of `asked` that bounds their time and number.
+
+    It is the least multiple at which they take at most `share` of the training's time, and are at most `MOST_TIMES`.
 
     Args:
-        asked: epochs between two times; 0 for never.
-        evaluations: forward passes of one time.
+        asked: the epochs between two that the setting asks for; 0 for never, which gives 0.
+        evaluations: forward passes of single images that one preview takes.
         share: of the training's time, at most.
         epoch: training images per epoch.
-        whole: training images in all.
+        whole: training images of all epochs.
     """
     if not asked:
         return 0
@@ -71,7 +75,7 @@ def epochs_between(asked: int, evaluations: int, share: float, epoch: int, whole
 
 
 def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.device) -> Tensor:
-    """The same few images each time, by DDIM, of each class in turn: float32 (PREVIEW_IMAGES, C, H, W) in [-1, 1]."""
+    """Sample by DDIM from the same noise each time, classes in turn: float32 (PREVIEW_IMAGES, C, H, W) in [-1, 1]."""
     noise = samplers.ImageNoise(seed, range(PREVIEW_IMAGES), model.config, device)
     path = samplers.timesteps(diffusion.timesteps, min(PREVIEW_STEPS, diffusion.timesteps), "trailing")
     labels = torch.arange(PREVIEW_IMAGES, device=device) % classes if (classes := model.config.classes) else None
@@ -80,7 +84,7 @@ def preview(model: UNet, diffusion: GaussianDiffusion, seed: int, device: torch.
 
 
 class Best(NamedTuple):
-    """The least held-out loss so far: its step, and the averages' weights there."""
+    """The least held-out loss so far: its step, its value, and the weights of the averages at that step."""
 
     step: int
     loss: float
@@ -93,25 +97,25 @@ class Clock:
     def __init__(self) -> None:
         self._began = self._saved_at = self._logged_at = time.monotonic()
         self.busy = 0.0  # inside forward, backward and step
-        self.save_cost = 0.0  # of the last save
+        self.save_cost = 0.0  # how long the last save took
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Count what is done here as busy."""
+        """Count the time of the block as busy."""
         before = time.monotonic()
         yield
         self.busy += time.monotonic() - before
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure a save."""
+        """Measure the save in the block."""
         before = time.monotonic()
         yield
         self._saved_at = time.monotonic()
         self.save_cost = self._saved_at - before
 
     def since_log(self) -> float:
-        """Seconds since this was last asked."""
+        """Seconds since the last call, or since the start."""
         before, self._logged_at = self._logged_at, time.monotonic()
         return self._logged_at - before
 
@@ -125,14 +129,14 @@ class Clock:
 
 
 class Training:
-    """A training that may stop after any step, and whose next run ends in the same bytes.
+    """A training that can stop after any step: the run that resumes it ends in the same bytes as one never stopped.
 
     Args:
-        setup: what it changes and computes with.
+        setup: the network, its optimizer and what else `set_up` has built.
         train: the parameters of the loop.
         images: the training split; its labels are used where the network is class-conditional.
-        held_out: the test split, for the held-out loss alone.
-        state: holds the state of an earlier run, if there was one; the pictures are in its folder.
+        held_out: the test split, used only for the held-out loss.
+        state: holds the state of an earlier run, if there was one; pictures are saved in its folder.
     """
 
     def __init__(
@@ -144,7 +148,7 @@ class Training:
         self.averages = [EMA(setup.model, width) for width in train.ema_widths]
         self.held_out = HeldOutLoss(held_out, setup.diffusion, train.seed, train.batch_size)
         self.best: Best | None = None  # where train.keep asks for it
-        self.step = self.start = 0  # steps that are done, and that an earlier run had done
+        self.step = self.start = 0  # steps done in all, and by an earlier run
         self.rate = 0.0  # the last step's learning rate
         self.history: list[tuple[int, dict[str, float]]] = []
         bound = ("bound_loss",) if setup.diffusion.config.learn_variance else ()
@@ -163,7 +167,7 @@ class Training:
         """Train to the end, resuming from the state if it holds one; return the averages by their widths.
 
         Raises:
-            UserError: a transform that fails, no memory left, or a loss that is no longer finite.
+            UserError: a transform fails, a loader worker dies, memory runs out, or the training diverges.
             Interrupted: SIGTERM or SIGINT came; the state is saved.
         """
         self.resume()
@@ -192,14 +196,14 @@ class Training:
         return self.finish()
 
     def resume(self) -> None:
-        """Continue where the saved state ends, if there is one, with the curves up to there."""
+        """Restore the saved state, if there is one, and record the curves up to its step again."""
         if (saved := self.state.load()) is not None:
             self.step = self.start = saved["step"]
             self.history = saved["history"]
             self.window.refill(saved["window"])
             self.best = saved["best"] and Best(*saved["best"])
             for name, part in self.parts.items():
-                if saved[name]:  # precision: auto may have taken one without a scaler, on another GPU
+                if saved[name]:  # empty where `precision: auto` took one without a scaler, on another GPU
                     part.load_state_dict(saved[name])
             print(f"resuming at step {self.start} of {self.setup.total}", flush=True)
         for step, metrics in self.history:
@@ -218,7 +222,7 @@ class Training:
         )
 
     def progress(self) -> Progress:
-        """A bar over all images, those of an earlier run included."""
+        """A bar over the images of all steps, those of an earlier run included."""
         size = self.train.batch_size
         return Progress(self.setup.total * size, "train", "img", self.start * size)
 
@@ -235,11 +239,11 @@ class Training:
         self.step += 1
 
     def at_curve_point(self) -> bool:
-        """Every log_every_steps steps, and at the end."""
+        """Whether a point of the curves is due: every log_every_steps steps, and at the end."""
         return self.step % self.train.log_every_steps == 0 or self.step == self.setup.total
 
     def log_curve(self, bar: Progress) -> None:
-        """Record the means since the last point, and how fast they were trained.
+        """Record the means since the last point, the images per second, and the peak memory.
 
         Raises:
             UserError: the training diverged.
@@ -252,10 +256,10 @@ class Training:
         bar.set_postfix(step=self.step, loss=f"{metrics['loss']:.4f}", refresh=False)
 
     def loss_scale(self) -> dict[str, float]:
-        """The scale of the loss after the last step, in fp16 alone.
+        """The scale of the loss after the last step; nothing in other precisions than fp16.
 
         Raises:
-            UserError: it has fallen so far that it is not the scale that makes the gradients overflow.
+            UserError: the scale has fallen below 1, so it is not the scale that makes the gradients overflow.
         """
         if not self.setup.scaler.is_enabled():
             return {}
@@ -267,12 +271,12 @@ class Training:
         return {"loss_scale": scale}
 
     def at_held_out_point(self) -> bool:
-        """As `at_preview`, by its own setting, and at the end of the training."""
+        """Whether a held-out loss is due: as for `at_preview`, and at the end; in the first process alone."""
         due = self._ends_epoch(self.held_out_every) or self.step == self.setup.total
         return due and processes.rank() == 0
 
     def log_held_out(self) -> None:
-        """Record the held-out loss of the first average; keep all averages where it is the least so far."""
+        """Record the held-out loss of the first average; where train.keep is best, copy the averages of the least."""
         losses = self.held_out(self.averages[0].model)
         self.history.append((self.step, losses))
         self.tracker.log(self.step, losses)
@@ -282,7 +286,7 @@ class Training:
             self.best = Best(self.step, loss, weights)
 
     def at_preview(self) -> bool:
-        """At the end of an epoch, as often as `epochs_between` says; in the first process alone."""
+        """Whether a preview is due: at ends of epochs, as `epochs_between` says; in the first process alone."""
         return self._ends_epoch(self.preview_every) and processes.rank() == 0
 
     def log_preview(self) -> None:
@@ -303,9 +307,9 @@ class Training:
         self.tracker.log_picture(0, "noise", grid(to_pixels(noise)), self.pictures)
 
     def save_is_due(self) -> bool:
-        """Every save_every_seconds seconds, and at the end of each epoch; in the first process alone.
+        """Whether a save is due: every save_every_seconds seconds and at ends of epochs; in the first process alone.
 
-        Not at the end of epochs that are so short that saving would take over 1 % of the time.
+        An end of an epoch is passed over where saving would take more than 1 % of the time.
         """
         wait = self.train.save_every_seconds
         if self.step % self.setup.per_epoch == 0:
@@ -313,7 +317,7 @@ class Training:
         return self.clock.since_save() > wait and processes.rank() == 0
 
     def save(self) -> None:
-        """Save all that the next run needs to end in the same bytes.
+        """Save all that a resumed run needs to end in the same bytes.
 
         Raises:
             UserError: a loss is not finite; the last good state is kept.
@@ -324,7 +328,7 @@ class Training:
             self.state.save({name: part.state_dict() for name, part in self.parts.items()} | progress)
 
     def finish(self) -> dict[float, UNet]:
-        """Print the cost of the training; return the averages, of the step that train.keep asks for."""
+        """Print the cost of the training; return the averages at the step that train.keep asks for, by their widths."""
         if self.setup.device.type == "cuda":
             torch.cuda.synchronize()  # so that the wall time is right
         wall = self.clock.wall()
@@ -344,10 +348,10 @@ class Training:
         return bool(every) and within == 0 and epoch % every == 0
 
     def _every(self, setting: str, evaluations: int, share: float) -> int:
-        """The epochs between two times of what a setting of `train` asks for; prints where they are more than that."""
+        """`epochs_between` for a setting of `train`; prints a line where that is more than the setting asks for."""
         p, epoch = self.train, self.setup.per_epoch * self.train.batch_size
         asked = getattr(p, setting)
         every = epochs_between(asked, evaluations, share, epoch, self.setup.total * p.batch_size)
         if every > asked:
-            print(f"train.{setting} = {asked}: epochs are short, so {every} epochs are between two")
+            print(f"train.{setting} = {asked}: epochs are short, so it is raised to {every}")
         return every

@@ -10,20 +10,20 @@ from torch.optim.adam import adam
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration (Jordan et al. 2024)
 ITERATIONS = 5
-ENDS = ("conv_in.weight", "conv_out.weight", "class_embedding.weight")  # which Jordan et al. 2024 leave to Adam
+ENDS = ("conv_in.weight", "conv_out.weight", "class_embedding.weight")  # Adam's, as in Jordan et al. 2024
 
 
 class Muon(Optimizer):
     """Muon for hidden matrices, Adam for the other parameters (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
 
-    A convolution's kernel is a matrix of its outputs by all else. An orthogonal update is scaled to the root mean
-    square of 0.2 that Adam's usually has (Liu et al. 2025, eq. 4), so that both take the same learning rate. The
-    iteration works in float32 in place of bf16: the same bytes on every CPU, where reproducible mode asks for them.
+    A convolution's kernel counts as a matrix: its output channels by all its other dimensions. An orthogonal update is
+    scaled to a root mean square of 0.2, as Adam's updates usually have (Liu et al. 2025, eq. 4), so that both use the
+    same learning rate. The iteration runs in float32, not bf16, for the same bytes on every CPU in reproducible mode.
 
     Args:
         params: the names and the parameters of the network; its matrices and kernels, apart from `ENDS`, are Muon's.
         lr: learning rate of both.
-        momentum: of Muon, with Nesterov's look ahead.
+        momentum: of Muon, as an average of the gradients, with Nesterov's look-ahead.
         betas, eps: of Adam.
         weight_decay: each step shrinks the weights by lr times this.
     """
@@ -93,12 +93,15 @@ class Muon(Optimizer):
 def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
     """The nearest orthogonal matrices, roughly: singular values of about 0.7 to 1.2 (Jordan et al. 2024).
 
-    Five steps of a Newton-Schulz iteration, which needs products of matrices alone: X <- (a + b G + c G^2) X, where
-    G = X X^T. Each factor is a polynomial of G, so that their product can be had from the first G, a small square, and
-    X is multiplied once. Squares of one size are worked on together.
+    Five steps of a Newton-Schulz iteration, which needs only products of matrices: X <- (a + b G + c G^2) X, where
+    G = X X^T. Each factor is a polynomial of the first G, a small square matrix, so that the product of all factors is
+    computed from it, and X is multiplied once. Matrices G of one size are computed together.
 
     Args:
         matrices: float32 (rows, columns) each; one of zeros stays zero.
+
+    Returns:
+        Matrices of the same shapes, float32.
     """
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
     wide = [x / (x.norm() + 1e-7) for x in wide]
@@ -114,7 +117,7 @@ def orthogonalised(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def _product_of_factors(grams: Tensor) -> Tensor:
-    """The product of the factors a + b G + c G^2 of all steps, for the G of each matrix before the first: (N, m, m)."""
+    """The product of the factors a + b G + c G^2 of all steps, from each matrix's first G: (N, m, m) to (N, m, m)."""
     a, b, c = NEWTON_SCHULZ
     scaled = a * torch.eye(grams.shape[1], device=grams.device)
     product = factor = torch.baddbmm(grams, grams, grams, beta=b, alpha=c) + scaled

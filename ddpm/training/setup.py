@@ -1,4 +1,4 @@
-"""What a training starts from, out of the parameters: network, weights, optimizer, learning-rate schedule, kernels."""
+"""Build what a training starts from: network, weights, optimizer, learning-rate schedule and kernels."""
 
 import inspect
 import warnings
@@ -25,7 +25,7 @@ from ddpm.runtime import processes
 from ddpm.runtime.device import Kernels, choose_kernels
 from ddpm.training import muon  # noqa: F401  loaded by its name; imported here so that DVC watches it
 
-LENGTHS = ("T_max", "total_iters", "total_steps")  # names that torch's schedulers use for their length
+LENGTHS = ("T_max", "total_iters", "total_steps")  # torch's schedulers name their length, in steps, so
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Setup:
         network: the module to call: the model, or its compiled or DDP wrapper.
         scaler: of the loss in fp16, whose smallest gradients would vanish; disabled in other precisions.
         timesteps: draws the timesteps of training images.
-        total: optimizer steps. per_epoch: optimizer steps per epoch.
+        total: optimizer steps of the whole training.
+        per_epoch: optimizer steps per epoch.
     """
 
     model: UNet
@@ -62,7 +63,10 @@ class Design(NamedTuple):
 
 
 def design(params: Params, info: Mapping[str, Any]) -> Design:
-    """What the parameters ask for, for data of which `info` is the content of dataset.json.
+    """The network, diffusion and classes that the parameters ask for, for the prepared data.
+
+    Args:
+        info: the content of dataset.json.
 
     Raises:
         UserError: the network is class-conditional, and the data has no classes.
@@ -78,12 +82,12 @@ def set_up(params: Params, design: Design, device: torch.device, images: int) ->
     """Build all that a training changes or computes with.
 
     Args:
-        params: of which the sections runtime, optimizer, lr_schedule and train are read.
+        params: only the sections runtime, optimizer, lr_schedule and train are read.
         images: number of training images.
 
     Raises:
-        UserError: no images, a batch that does not divide among the processes, a folder to start from that does not
-            fit, or a refused setting.
+        UserError: there are no images, the batch does not divide among the processes, train.init_from does not fit, or
+            a setting is refused.
     """
     p = params.train
     _check_batch(p, images)
@@ -122,11 +126,12 @@ def unet_config(
     """The network that the parameters' `model` section describes, for images of this size (pixels).
 
     Args:
-        classes: number of classes of the data; used by a class-conditional network alone.
-        unlabelled: whether that one also learns images with no label.
+        learn_variance: whether the network has twice the output channels, for the variances.
+        classes: number of classes of the data; only a class-conditional network uses it.
+        unlabelled: whether a class-conditional network also learns images without their labels.
 
     Raises:
-        UserError: it is class-conditional, and the data has no classes.
+        UserError: the network is class-conditional, and the data has no classes.
     """
     if model.class_conditional and not classes:
         raise UserError(
@@ -161,10 +166,10 @@ def make_optimizer(node: TargetNode, model: nn.Module) -> Optimizer:
 
 
 def make_lr_schedule(node: TargetNode | None, optimizer: Optimizer, warmup: int, steps: int) -> LRScheduler:
-    """Linear warm-up, then the scheduler that `node` names; None keeps the peak.
+    """Linear warm-up over `warmup` steps, then the scheduler that `node` names; without one the rate stays at its peak.
 
     Where the scheduler takes its length (T_max, total_iters or total_steps) and `node` leaves it out, its length is
-    the number of steps after the warm-up.
+    the number of steps after the warm-up. `steps`: of the whole training.
 
     Raises:
         UserError: the scheduler refuses its arguments.
@@ -188,7 +193,7 @@ def make_lr_schedule(node: TargetNode | None, optimizer: Optimizer, warmup: int,
 
 
 def _check_batch(train: Train, images: int) -> None:
-    """Refuse what cannot be trained on; print a line where a step repeats images."""
+    """Refuse a batch that cannot be trained on; print a line where a step repeats images."""
     if not images:
         raise UserError("there are no training images; run the stage prepare_data again")
     if train.batch_size % (processes.size() * train.accumulation):
@@ -203,10 +208,10 @@ def _check_batch(train: Train, images: int) -> None:
 def _scaler(optimizer: Optimizer, kernels: Kernels, device: torch.device) -> torch.amp.GradScaler:
     """The scaler of the loss (Micikevicius et al. 2018, arXiv 1710.03740), which skips steps that overflow.
 
-    Gradients are averaged over the processes before it looks at them, so it has the same scale in all of them.
+    Gradients are averaged over the processes before the scaler looks at them, so all processes have the same scale.
     """
     if kernels.precision == "fp16":
-        # of an optimizer whose first step is skipped; the schedule counts that step on purpose
+        # torch warns if the optimizer's first step is skipped; the schedule counts that step on purpose
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
         if isinstance(optimizer, torch.optim.SGD):
             # its fused kernel would allocate the momentum in a skipped first step and leave it uninitialised

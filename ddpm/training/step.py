@@ -16,18 +16,19 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def optimizer_step(setup: Setup, train: Train, images: Tensor, labels: Tensor, step: int) -> Tensor:
-    """Change the weights once, by the gradient of one batch; return the values of the curves (n,), on the device.
-
-    These are the simple loss, the bound's part of the objective where the variance is learned, and the gradient's norm
-    before clipping.
+    """Change the weights once, by the gradient of one batch (Ho et al. 2020, algorithm 1).
 
     In fp16 a step whose scaled gradient overflows changes neither the weights nor the optimizer, and its norm is
-    returned as 0. It counts as a step all the same: learning rate and averages follow from the step's number alone.
+    returned as 0. It still counts as a step: learning rate and averages depend on the step's number alone.
 
     Args:
         images: this process's share of the step's images (b, C, H, W), uint8 or float32 in [0, 1].
         labels: int64 (b,), used where the network is class-conditional.
         step: counted from 0.
+
+    Returns:
+        The values of the curves, float32 (n,), on the device: the simple loss, the bound's part of the objective where
+        the variance is learned, and the gradient's norm before clipping.
     """
     config, device = setup.model.config, setup.device
     x0 = to_model_range(images.to(device, non_blocking=True))
@@ -41,7 +42,7 @@ def optimizer_step(setup: Setup, train: Train, images: Tensor, labels: Tensor, s
         given = given.masked_fill(draws.hidden, config.no_label)  # type: ignore[arg-type]
     setup.optimizer.zero_grad(set_to_none=True)
     losses = _backward(setup, train, (x0, draws.t, noise), given)
-    setup.scaler.unscale_(setup.optimizer)  # the limit of the norm is that of the gradient itself
+    setup.scaler.unscale_(setup.optimizer)  # grad_clip limits the norm of the gradient, not of the scaled one
     norm = torch.nn.utils.clip_grad_norm_(setup.model.parameters(), train.grad_clip or float("inf")).detach().view(1)
     setup.scaler.step(setup.optimizer)
     setup.scaler.update()
@@ -57,7 +58,7 @@ def _backward(setup: Setup, train: Train, batch: tuple[Tensor, ...], labels: Ten
         rows = slice(part, None, train.accumulation)
         predict = conditioned(network, None if labels is None else labels[rows])
         last = part == train.accumulation - 1
-        # processes exchange gradients once per step
+        # processes exchange gradients once per step, with its last part
         with nullcontext() if last else _apart(network):
             precision = AUTOCAST.get(setup.kernels.precision)
             with torch.autocast(setup.device.type, dtype=precision, enabled=precision is not None):
@@ -70,6 +71,6 @@ def _backward(setup: Setup, train: Train, batch: tuple[Tensor, ...], labels: Ten
 
 
 def _apart(network: nn.Module) -> AbstractContextManager[None]:
-    """In this context a process keeps its gradients to itself."""
-    inner = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
+    """A context in which a process does not exchange its gradients."""
+    inner = getattr(network, "_orig_mod", network)  # the module that torch.compile has wrapped
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()

@@ -1,4 +1,4 @@
-"""Damaged image files are reported, whole ones of every kind are taken, with the pixels that Pillow reads."""
+"""Damaged image files are reported; intact ones of every kind are accepted, with the pixels that Pillow reads."""
 
 import io
 import re
@@ -63,7 +63,7 @@ JPEGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("kind", JPEGS)
-def test_a_jpeg_that_ends_early_is_broken_with_an_end_marker_or_not(kind: str, mode: str, tmp_path: Path) -> None:
+def test_a_jpeg_that_ends_early_is_broken_with_any_end(kind: str, mode: str, tmp_path: Path) -> None:
     whole = saved("JPEG", photo().convert(mode), **JPEGS[kind])
     assert not isinstance(decoded(whole, tmp_path), str)
     start = whole.index(b"\xff\xda") + 14
@@ -91,7 +91,7 @@ def test_other_files_that_end_early_are_broken(kind: str, options: dict[str, Any
         assert isinstance(decoded(content, tmp_path), str)
 
 
-def test_a_hole_in_a_webp_is_found_in_an_animation_and_beside_alpha(tmp_path: Path) -> None:
+def test_a_hole_in_a_webp_is_found_with_animation_or_alpha(tmp_path: Path) -> None:
     clear = photo()
     clear.putalpha(200)
     for whole in (saved("WEBP", clear), saved("WEBP", save_all=True, append_images=[photo().rotate(90)])):
@@ -104,7 +104,7 @@ def test_a_hole_in_a_webp_is_found_in_an_animation_and_beside_alpha(tmp_path: Pa
 
 @pytest.mark.parametrize("method", [0, 4])
 @pytest.mark.parametrize("lossless", [False, True])
-def test_zeros_in_a_whole_webp_are_no_hole(method: int, lossless: bool) -> None:
+def test_zeros_in_an_intact_webp_are_no_hole(method: int, lossless: bool) -> None:
     zeros = 0
     for colour in ((0, 0, 0), (255, 255, 255), (90, 120, 200)):
         for top in (0, 50, 250):
@@ -117,7 +117,7 @@ def test_zeros_in_a_whole_webp_are_no_hole(method: int, lossless: bool) -> None:
 
 
 def odd_but_whole() -> dict[str, bytes]:
-    """JPEGs as cameras, telephones and editors write them, and what libjpeg has warnings for though all is there."""
+    """JPEGs as cameras, phones and editors write them, some of which libjpeg warns of although nothing is missing."""
     rng = np.random.default_rng(0)
     plain, progressive = saved("JPEG"), saved("JPEG", progressive=True)
     table, scan = plain.index(b"\xff\xdb"), plain.index(b"\xff\xda")
@@ -153,7 +153,7 @@ def odd_but_whole() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", odd_but_whole())
-def test_an_odd_jpeg_that_is_whole_keeps_its_pixels(name: str, tmp_path: Path) -> None:
+def test_an_odd_jpeg_that_is_intact_keeps_its_pixels(name: str, tmp_path: Path) -> None:
     content = odd_but_whole()[name]
     for size in (8, 32, 120):
         pixels = decoded(content, tmp_path, size)
@@ -162,7 +162,7 @@ def test_an_odd_jpeg_that_is_whole_keeps_its_pixels(name: str, tmp_path: Path) -
             assert np.array_equal(pixels, as_pillow_reads(content, size))
 
 
-def test_pixels_of_a_whole_jpeg_are_those_of_pillow(tmp_path: Path) -> None:
+def test_pixels_of_an_intact_jpeg_are_those_of_pillow(tmp_path: Path) -> None:
     for width, height in ((1, 1), (3, 7), (7, 7), (8, 8), (9, 16), (17, 33), (321, 207)):
         image = photo(width, height)
         for options in ({}, {"quality": 1}, {"quality": 98, "subsampling": 0}, {"progressive": True, "subsampling": 1}):
@@ -174,13 +174,13 @@ def test_pixels_of_a_whole_jpeg_are_those_of_pillow(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411"])
-def test_every_chroma_subsampling_is_taken(subsampling: str, tmp_path: Path) -> None:
+def test_every_chroma_subsampling_is_accepted(subsampling: str, tmp_path: Path) -> None:
     content = simplejpeg.encode_jpeg(np.asarray(photo()), colorsubsampling=subsampling)
     for size in (8, 120):
         assert np.array_equal(decoded(content, tmp_path, size), as_pillow_reads(content, size))
 
 
-def test_a_subsampling_unknown_to_the_strict_decoder_is_pillows(tmp_path: Path) -> None:
+def test_a_subsampling_the_strict_decoder_lacks_goes_to_pillow(tmp_path: Path) -> None:
     plain = saved("JPEG", Image.new("RGB", (32, 16), (128, 128, 128)), subsampling=0)
     frame, scan = plain.index(b"\xff\xc0"), plain.index(b"\xff\xda") + 14
     header = bytearray(plain[:scan])

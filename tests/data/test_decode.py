@@ -1,4 +1,4 @@
-"""What any image file becomes."""
+"""Every image file becomes a square of 8-bit pixels, or a reason why it cannot."""
 
 import io
 import struct
@@ -143,7 +143,7 @@ def test_transparency_of_every_kind_of_png_is_laid_over_white(
 
 
 @pytest.mark.parametrize("alpha", [0, 128])
-def test_an_alpha_channel_of_a_bmp_that_was_never_filled_in_is_none(tmp_path: Path, alpha: int) -> None:
+def test_an_empty_alpha_channel_of_a_bmp_is_ignored(tmp_path: Path, alpha: int) -> None:
     masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
     header = struct.pack("<IiiHHIIiiII", 108, 8, 8, 1, 32, 3, 256, 0, 0, 0, 0) + masks + bytes(52)
     content = b"BM" + struct.pack("<IHHI", 122 + 256, 0, 0, 122) + header + bytes([100, 100, 100, alpha]) * 64
@@ -190,7 +190,7 @@ def test_damaged_exif_is_no_damage_to_the_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 7), (1, 1)])
-def test_the_centre_square_is_taken_of_any_shape(size: tuple[int, int]) -> None:
+def test_any_shape_is_cropped_to_its_centre_square(size: tuple[int, int]) -> None:
     width, height = size
     pixels = np.zeros((height, width), dtype=np.uint8)
     side = min(size)
@@ -216,25 +216,25 @@ def test_a_large_jpeg_is_shrunk_as_if_decoded_in_full(tmp_path: Path) -> None:
     assert not isinstance(drafted, str) and abs(drafted.astype(int) - full).max() <= 4
 
 
-def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
+def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     frames = [solid("L", 50), solid("L", 200)]
     for extension in ("gif", "webp"):
         path = saved(tmp_path / f"a.{extension}", frames[0], save_all=True, append_images=frames[1:], lossless=True)
         assert np.abs(np.asarray(decode_file(path, 8, 1, 179), dtype=int) - 50).max() <= 1
 
 
-def test_a_jpeg_of_many_pictures_is_its_first(tmp_path: Path) -> None:
+def test_a_jpeg_of_several_pictures_gives_the_first(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.jpg", solid("L", 50), format="MPO", save_all=True, append_images=[solid("L", 200)])
     assert np.abs(np.asarray(decode_file(path, 8, 1, 179), dtype=int) - 50).max() <= 1
 
 
-def test_files_that_are_no_whole_image_come_back_with_the_reason(tmp_path: Path) -> None:
+def test_a_broken_file_comes_back_with_the_reason(tmp_path: Path) -> None:
     whole = io.BytesIO()
     Image.fromarray(noise(64, 64, 3)).save(whole, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:-600])
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").touch()
-    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "disguised.png", "TIFF")  # a reader that stays closed
+    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "disguised.png", "TIFF")  # a format whose reader is not used
     reasons = {path.name: decode_file(str(path), 8, 3, 179) for path in tmp_path.iterdir()}
     assert "Premature end" in str(reasons["cut.jpg"])
     assert reasons["text.png"] == reasons["disguised.png"] == "not a png, jpg, webp, bmp or gif image"
@@ -254,7 +254,7 @@ def test_a_picture_above_the_limit_is_refused_with_its_setting(tmp_path: Path) -
     assert not isinstance(decode_file(path, 8, 1, 1), str)
 
 
-def test_a_large_picture_within_the_limit_is_taken_without_a_warning(tmp_path: Path) -> None:
+def test_a_large_picture_within_the_limit_gives_no_warning(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", Image.new("1", (20_000, 10_000), 1))  # 200 megapixels; Pillow refuses 179
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -278,7 +278,7 @@ def test_damage_anywhere_in_a_file_is_reported_or_harmless(tmp_path: Path, exten
             assert isinstance(result, str) or result.shape == (8, 8, 3)
 
 
-def test_listing_passes_over_what_systems_make(tmp_path: Path) -> None:
+def test_listing_ignores_what_systems_add(tmp_path: Path) -> None:
     made = ("@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/cat/b.png", "cat/Thumbs.db", "cat/THUMBS.DB", "Desktop.ini")
     made += ("$RECYCLE.BIN/c.jpg", "System Volume Information/d.png", "#recycle/e.png", "lost+found/f.png")
     for name in (*made, "cat/@EADIR/a.jpg", ".ipynb_checkpoints/g.png", "cat/a.png", "cat/b.txt", "thumbs/c.png"):
@@ -289,7 +289,7 @@ def test_listing_passes_over_what_systems_make(tmp_path: Path) -> None:
     assert image_files(tmp_path) == (["cat/a.png", "thumbs/c.png"], 1)
 
 
-def test_listing_ignores_what_is_hidden_or_no_image(tmp_path: Path) -> None:
+def test_listing_ignores_hidden_files_and_counts_others(tmp_path: Path) -> None:
     for name in ("b.PNG", "a.jpeg", "sub/deep/c.GIF", "notes.txt", ".hidden.png", ".git/d.png", "sub/Thumbs.db"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ def place(tmp_path, monkeypatch):
         ("sample.classes=[b]", r"sample.classes = \['b'\]: 'b' is not a class of the data"),
     ],
 )
-def test_settings_of_any_stage_that_do_not_fit_the_data_are_refused(override, fault):
+def test_settings_of_any_stage_must_fit_the_data(override, fault):
     Path("params.yaml").write_text(OmegaConf.to_yaml(composed("model.class_conditional=true", override)))
     if fault is None:
         return check_settings(INFO)

@@ -1,4 +1,4 @@
-"""A layout is taken for what it is without doubt, or refused in a line that says what was seen."""
+"""A layout is recognised where there is no doubt, or refused in a line that says what was seen."""
 
 import os
 from pathlib import Path
@@ -77,7 +77,7 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(("layout", "trained", "held_out", "classes"), SPLITS, ids=[split[0] for split in SPLITS])
-def test_an_unmistakable_split_is_taken(layout: str, trained: str, held_out: str, classes: str) -> None:
+def test_an_unmistakable_split_is_recognised(layout: str, trained: str, held_out: str, classes: str) -> None:
     sides = read(layout)
     assert (of(sides.train), of(sides.test)) == (set(trained.split()), set(held_out.split()))
     assert {name for name in sides.train.values() if name} == set(classes.split())
@@ -109,7 +109,7 @@ SPLIT_BY_CONTENT = [
 
 
 @pytest.mark.parametrize(("layout", "classes"), SPLIT_BY_CONTENT, ids=[case[0] for case in SPLIT_BY_CONTENT])
-def test_all_else_is_split_by_content_with_each_class_on_both_sides(layout: str, classes: str) -> None:
+def test_others_are_split_by_content_with_classes_on_both_sides(layout: str, classes: str) -> None:
     sides = read(layout)
     assert not set(sides.train) & set(sides.test)
     assert len(sides.train) + len(sides.test) == len(list(Path("raw").rglob("*.png")))
@@ -118,11 +118,11 @@ def test_all_else_is_split_by_content_with_each_class_on_both_sides(layout: str,
 
 
 DOUBTFUL = [
-    ("train/a Train/b", "holds Train/ (1 images), train/ (1 images), and Train/, train/ may be a training side"),
-    ("train/a training/a test/a", "holds test/ (1 images), train/ (1 images), training/ (1 images), so what to train"),
-    ("train/a val/a valid/a", "holds train/ (1 images), val/ (1 images), valid/ (1 images), so what to train on is in"),
-    ("train/a test/a extra/a", "holds extra/ (1 images), test/ (1 images), train/ (1 images), so what to train on"),
-    ("bus car train test", "holds bus/ (1 images), car/ (1 images), test/ (1 images), train/ (1 images), so what to"),
+    ("train/a Train/b", "holds Train/ (1 image), train/ (1 image), and Train/, train/ may be a training side"),
+    ("train/a training/a test/a", "holds test/ (1 image), train/ (1 image), training/ (1 image), so what to train"),
+    ("train/a val/a valid/a", "holds train/ (1 image), val/ (1 image), valid/ (1 image), so what to train on is in"),
+    ("train/a test/a extra/a", "holds extra/ (1 image), test/ (1 image), train/ (1 image), so what to train on"),
+    ("bus car train test", "holds bus/ (1 image), car/ (1 image), test/ (1 image), train/ (1 image), so what to"),
     (
         "cat:2 cat_test:2 dog:2",
         "holds cat/ (2 images), cat_test/ (2 images), dog/ (2 images), so what to train on",
@@ -130,10 +130,10 @@ DOUBTFUL = [
     ("cat_train cat_test dog_train dog_test", "so what to train on is in doubt"),
     ("trainA trainB testA testB", "so what to train on is in doubt"),
     ("seg_train/a seg_test/a seg_pred", "so what to train on is in doubt"),
-    ("a/seg_train a/seg_test b", "holds a/seg_test/ (1 images), which is named as a held-out side"),
+    ("a/seg_train a/seg_test b", "holds a/seg_test/ (1 image), which is named like a held-out side"),
     (
         "fold1/train fold1/test fold2/train fold2/test",
-        "holds fold1/test/ (1 images), which is named as a held-out",
+        "holds fold1/test/ (1 image), which is named like a held-out",
     ),
     ("seg_train/a my_test/a", "so what to train on is in doubt; leave one training and one held-out folder"),
     ("train:2 test/cat", "holds images in class sub-folders (test/cat/0.png) and beside them (train/0.png)"),
@@ -141,16 +141,16 @@ DOUBTFUL = [
     ("train/a test/a test/b:2", "test/ has 1 class that train/ has no image of: b; put training images there"),
     ("train/a train/c test/unknown", "test/ has 1 class that train/ has no image of: unknown"),
     ("train/Cat test/cat", "test/ has 1 class that train/ has no image of: cat"),
-    ("test/a:2 test/b", "holds test/ (3 images), which is named as a held-out side, and is none of a split"),
-    ("test/train/a:2 test/test/a", "holds test/ (2 images), which is named as a held-out side"),
-    ("val test", "holds test/ (1 images), which is named as a held-out side, and is none of a split"),
-    ("archive/test/a archive/test/b", "holds archive/test/ (2 images), which is named as a held-out side"),
-    ("bus car test:2", "holds test/ (2 images), which is named as a held-out side, and is none of a split"),
-    ("cat/train cat/test dog/train dog/test", "holds cat/test/ (1 images), which is named as a held-out side"),
-    ("train/cat train/val/cat test/cat", "holds train/val/ (1 images), which is named as a held-out side"),
-    ("train/cat/test train/dog/x test/cat", "holds train/cat/test/ (1 images), which is named as a held-out side"),
-    ("train/cat extra", "holds extra/ (1 images), train/ (1 images), and train/ may be a training side"),
-    ("train/cat train/dog pred/cat", "holds pred/ (1 images), train/ (2 images), and train/ may be a training side"),
+    ("test/a:2 test/b", "holds test/ (3 images), which is named like a held-out side, but is not part of a split"),
+    ("test/train/a:2 test/test/a", "holds test/ (2 images), which is named like a held-out side"),
+    ("val test", "holds test/ (1 image), which is named like a held-out side, but is not part of a split"),
+    ("archive/test/a archive/test/b", "holds archive/test/ (2 images), which is named like a held-out side"),
+    ("bus car test:2", "holds test/ (2 images), which is named like a held-out side, but is not part of a split"),
+    ("cat/train cat/test dog/train dog/test", "holds cat/test/ (1 image), which is named like a held-out side"),
+    ("train/cat train/val/cat test/cat", "holds train/val/ (1 image), which is named like a held-out side"),
+    ("train/cat/test train/dog/x test/cat", "holds train/cat/test/ (1 image), which is named like a held-out side"),
+    ("train/cat extra", "holds extra/ (1 image), train/ (1 image), and train/ may be a training side"),
+    ("train/cat train/dog pred/cat", "holds pred/ (1 image), train/ (2 images), and train/ may be a training side"),
     ("cat :2", "holds images in class sub-folders (cat/0.png) and beside them (0.png); move all into"),
     ("cat", "needs two different images at least, one of them to hold out; has 1 file"),
     ("cat dog", "needs two different images of one class at least, one of them to hold out; has 2 in 2 classes"),
@@ -173,7 +173,7 @@ def test_a_side_without_images_is_refused(empty: str) -> None:
 def test_one_line_says_what_was_taken_and_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     read("train/cat:4 train/dog:3 val/cat:2 test/cat:1 :5")
     assert capsys.readouterr().out == (
-        "raw: train/ is trained on (7 images), test/ is held out (1 images), left out: val/ (2 images), 5 images "
+        "raw: train/ is trained on (7 images), test/ is held out (1 image), left out: val/ (2 images), 5 images "
         "beside them left out (0.png); 2 classes (training + held out images): cat: 4 + 1, dog: 3 + 0\n"
     )
 
@@ -183,7 +183,7 @@ def test_the_line_of_a_split_by_content_has_the_counts(capsys: pytest.CaptureFix
     Path("raw/readme.txt").touch()
     sides = read(" ".join(f"archive/c{i:02}:3" for i in range(12)))
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "raw: 1 other files ignored"
+    assert first == "raw: 1 other file ignored"
     assert second.startswith(
         f"raw: of 36 images of archive/, {len(sides.train)} trained on, {len(sides.test)} held out by content; "
         f"12 classes (training + held out images): c00: "
@@ -242,7 +242,7 @@ def test_a_folder_of_nearly_the_same_name_is_hinted_at(name: str) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_in_a_temporary_workspace_the_line_says_to_track_the_folder(
+def test_in_a_temporary_workspace_the_line_says_to_track_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "main"))

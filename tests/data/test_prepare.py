@@ -1,4 +1,4 @@
-"""Every data set becomes the same prepared data each time, or one clear sentence."""
+"""A data set becomes the same prepared data each time, or is refused in one clear line per fault."""
 
 import errno
 import hashlib
@@ -98,7 +98,7 @@ def test_each_run_gives_the_same_bytes_as_numpy_writes_them() -> None:
             assert first[f"{split}/{kind}.npy"] == expected.getvalue()
 
 
-def test_the_summary_lists_what_is_there() -> None:
+def test_the_summary_describes_the_data() -> None:
     summary = run(digits())
     text = Path("prepared/dataset.json").read_text()
     assert text == json.dumps(summary, indent=2) + "\n"
@@ -109,7 +109,7 @@ def test_the_summary_lists_what_is_there() -> None:
     assert summary["class_counts"] == np.bincount(load("train", "labels")).tolist()
 
 
-def test_another_size_is_made_as_it_is_for_files() -> None:
+def test_digits_are_resized_as_files_are() -> None:
     run(digits())
     native = np.array(load("test"))
     run(digits(image_size=13, channels=3))
@@ -125,7 +125,7 @@ def test_each_digit_is_on_both_sides(fraction: float, held_out: int) -> None:
         assert set(load(split, "labels")) == set(range(10))
 
 
-def test_the_subset_is_of_each_split() -> None:
+def test_a_subset_is_taken_of_each_split() -> None:
     run(digits())
     whole = {split: (np.array(load(split)), np.array(load(split, "labels"))) for split in ("train", "test")}
     for subset, counts in ((400, {"train": 400, "test": 359}), (0.1, {"train": 144, "test": 36})):
@@ -253,7 +253,7 @@ def test_a_file_in_the_place_of_the_folder_is_reported() -> None:
         run(dataset())
 
 
-def test_copies_of_one_file_cannot_be_split() -> None:
+def test_a_folder_of_copies_of_one_file_is_refused() -> None:
     put("a.png", 0)
     put("b.png", 0)
     with pytest.raises(UserError, match="has 2 files of one content"):
@@ -283,9 +283,7 @@ def test_broken_images_stop_the_run_and_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[2Jclears", "\x9b2J", "\u2028"])
-def test_a_name_can_neither_end_its_line_nor_command_the_terminal(
-    capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_a_name_cannot_end_its_line_or_control_the_terminal(capsys: pytest.CaptureFixture[str], name: str) -> None:
     put_with_broken(0)
     Path(f"raw/train/a/{name}.png").write_bytes(b"")
     with pytest.raises(UserError) as fault:

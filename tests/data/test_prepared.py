@@ -68,9 +68,9 @@ def test_missing_or_odd_prepared_data_is_reported_in_one_line(tmp_path):
         ({"counts": {"train": 49, "test": 20}}, r"images.npy: holds \(50, 8, 8, 3\), not \(49, 8, 8, 3\)"),
         ({"counts": {"train": 50, "test": 1}}, r"test/images.npy: holds \(20, 8, 8, 3\), not \(1, 8, 8, 3\)"),
         ({"counts": {}}, r"images.npy: holds \(50, 8, 8, 3\), not \(None, 8, 8, 3\)"),
-        ({"classes": ["a"], "class_counts": [50]}, "labels.npy: holds not 50 labels of 1 classes"),
-        ({"labels": LABELS[:-1]}, "labels.npy: holds not 50 labels of 10 classes"),
-        ({"labels": LABELS - 1}, "labels.npy: holds not 50 labels of 10 classes"),
+        ({"classes": ["a"], "class_counts": [50]}, "labels.npy: does not hold 50 labels of 1 class"),
+        ({"labels": LABELS[:-1]}, "labels.npy: does not hold 50 labels of 10 classes"),
+        ({"labels": LABELS - 1}, "labels.npy: does not hold 50 labels of 10 classes"),
         ({"shape": [8, 8]}, "dataset.json: shape: List should have at least 3 items"),
         ({"shape": [8, 8, "3"]}, "dataset.json: shape: 2: Input should be a valid integer"),
         ({"class_counts": [5] * 9}, "dataset.json: class_counts has 9 numbers for 10 classes"),
@@ -79,7 +79,7 @@ def test_missing_or_odd_prepared_data_is_reported_in_one_line(tmp_path):
         ({"sha256": None}, "dataset.json: sha256: Input should be a valid string"),
     ],
 )
-def test_prepared_data_that_does_not_match_is_reported_in_one_line(tmp_path, changes, fault):
+def test_data_that_does_not_match_is_reported_in_one_line(tmp_path, changes, fault):
     with pytest.raises(UserError, match=f"{fault}.*; run the stage prepare_data again$"):
         Prepared(written(tmp_path, **changes))
 
@@ -112,7 +112,7 @@ def replaced(path):
         (lambda folder: (folder / "dataset.json").write_text("{}"), True),
     ],
 )
-def test_a_change_is_one_of_the_content_however_the_files_were_touched(tmp_path, change, changed):
+def test_only_another_content_is_a_change(tmp_path, change, changed):
     data = Prepared(written(tmp_path))
     data.verify()
     assert not data.changed()
@@ -139,7 +139,7 @@ def age(folder):
 
 
 def bytes_read(action):
-    """What this process reads from files while it does that, in bytes; mapped pages apart."""
+    """The bytes that this process reads from files during `action`, without mapped pages."""
     before = int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
     action()
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1]) - before
@@ -195,7 +195,7 @@ def test_an_edited_file_is_found_at_every_start_that_follows(settled, kind):
     assert data.changed()
 
 
-def test_size_inode_and_time_of_writing_are_what_is_trusted(settled):
+def test_files_of_equal_size_inode_and_time_are_trusted(settled):
     """An edit that sets the old time again goes unseen, as it does in DVC, until .cache/ is deleted."""
     verify(settled)
     before = (path := settled / "train/images.npy").stat()
@@ -225,7 +225,7 @@ def test_files_written_just_now_are_not_recorded(settled):
     assert not (settled.parent / "checkout/.cache").exists()
 
 
-def test_a_record_that_cannot_be_kept_is_a_line_and_no_fault(settled, capsys):
+def test_a_record_that_cannot_be_kept_is_only_reported(settled, capsys):
     (settled.parent / "checkout").mkdir()
     (settled.parent / "checkout/.cache").write_text("a file in its place")
     verify(settled)
@@ -275,7 +275,7 @@ tried(lambda: Prepared(one).verify())
 @linux
 @pytest.mark.process
 def test_of_several_processes_one_reads_and_all_agree(settled, tmp_path):
-    """One folder: process 0 reads for all. A copy on each machine: each reads its own."""
+    """One folder: one process reads it for all. A copy on each machine: each process reads its own."""
     copies = [tmp_path / name for name in ("a", "b")]
     for copy in copies:
         shutil.copytree(settled, copy)

@@ -1,4 +1,4 @@
-"""Sets that torchvision downloads, from small archives of the same layout."""
+"""The sets that torchvision downloads, from small archives of the same layout."""
 
 import errno
 import gzip
@@ -102,7 +102,7 @@ def make_mnist(monkeypatch: pytest.MonkeyPatch, name: str) -> np.ndarray:
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(("name", "cls"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_mnist_and_its_kin_are_read_from_their_archives(monkeypatch: pytest.MonkeyPatch, name: str, cls: str) -> None:
+def test_mnist_and_fashion_mnist_are_read_from_archives(monkeypatch: pytest.MonkeyPatch, name: str, cls: str) -> None:
     pixels = make_mnist(monkeypatch, cls)
     for _ in range(2):
         source = load(name)

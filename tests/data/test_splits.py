@@ -26,7 +26,7 @@ def test_the_lowest_of_a_class_is_held_out_and_the_highest_never(threshold: floa
     assert np.flatnonzero(hold_out(number, labels, threshold)).tolist() == held_out
 
 
-@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@settings(max_examples=100, derandomize=True, database=None, deadline=None)
 @given(SIDES, st.integers(-1, 31))
 def test_each_class_is_trained_on_and_copies_stay_together(images: list[tuple[int, int]], threshold: int) -> None:
     number, labels = np.array(images).T

@@ -1,4 +1,4 @@
-"""A list of transforms gives uint8 images or float32 in [0, 1], or ends in one line that names what to change."""
+"""A list of transforms gives uint8 images or float32 in [0, 1], or is refused in a line that says what to change."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ LEAVE_OUT = "leave Normalize out: the training itself maps images to [-1, 1]"
         [node("RandomGrayscale"), node("RandomInvert"), node("RandomPosterize", bits=2), node("AutoAugment")],
     ],
 )
-def test_lists_that_augment_images_are_taken(nodes):
+def test_lists_that_augment_images_are_accepted(nodes):
     Transforms(nodes).probe(SHAPE)
 
 
@@ -71,13 +71,13 @@ def test_lists_that_augment_images_are_taken(nodes):
         ([node("RandomCrop", size=[1, 2, 3])], "only two dimensions (h, w) for size; change its arguments"),
         ([node("RandomApply", transforms=[node("ColorJitter", hue=3)])], ".v2.ColorJitter: hue values"),
         ([node("ToPILImage")], ": gives a PIL Image; the list must end in "),
-        ([node("RandomApply", transforms=[SCALED])], ": gives float32 or uint8 by chance; "),
+        ([node("RandomApply", transforms=[SCALED])], ": gives float32 or uint8 at random; "),
         ([node("CenterCrop", size=16)], "the network takes (3, 32, 32); end the list with a Resize"),
         ([node("Grayscale")], ": gives images of shape (1, 32, 32); the network takes (3, 32, 32); give Grayscale num"),
         ([node("MixUp", num_classes=2)], ".0 (MixUp): "),
     ],
 )
-def test_every_other_list_is_refused_with_the_line_that_mends_it(nodes, line):
+def test_every_other_list_is_refused_with_its_remedy(nodes, line):
     with pytest.raises(UserError) as fault:
         Transforms(nodes).probe(SHAPE)
     assert line in str(fault.value)
@@ -91,7 +91,7 @@ def test_nan_is_out_of_range():
         Transforms([SCALED]).stack([torch.full(SHAPE, torch.nan)], SHAPE)
 
 
-def test_rounding_beyond_the_range_is_taken():
+def test_rounding_beyond_the_range_is_accepted():
     image = torch.full(SHAPE, 1 + 1e-6)
     assert torch.equal(Transforms([SCALED]).stack([image], SHAPE)[0], image)
 

@@ -81,7 +81,7 @@ def test_the_nearest_is_found_among_few_images(counts):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_the_nearest_do_not_depend_on_the_size_of_a_block(monkeypatch, dtype):
-    a, b = (digits()[rows].astype(dtype) for rows in (slice(0, 20), slice(100, 150)))
+    a, b = (digits()[rows].astype(dtype) for rows in (slice(0, 8), slice(100, 130)))
     expected = nearest(a, b)
     for block in (1, 7, 1000):
         monkeypatch.setattr(blocks, "BLOCK", block)

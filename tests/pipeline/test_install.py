@@ -67,7 +67,7 @@ def test_a_script_refuses_the_library_of_another_checkout(installed: Clone, tmp_
     other.env = installed.env
     done = other.run("python", "stages/train.py", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    fault = f"imports ddpm from {installed.folder}, another checkout: python -m stages.train"
+    fault = f"imports ddpm from {installed.folder}, another checkout; run python -m stages.train"
     assert done.stderr == f"error: {other.folder}/stages/train.py: {fault}\n"
 
 

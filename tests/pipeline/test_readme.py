@@ -243,6 +243,7 @@ LONG = {
     "gpu": "python -m benchmarks.gpu",
     "kills": "python -m tests.robustness.kills",
     "lock": "uv pip compile",
+    "speedrun": "python -m benchmarks.speedrun",
     "test-remote": "pytest -m remote",
     "test-slow": "pytest -m slow",
     "verify": "python -m tests.robustness.verify",
@@ -275,7 +276,7 @@ VERIFIED = {
     "make repro": Verified(INSTALLED, before=back_home, after=contains("frechet_distance", "results/sample/grid.png")),
     # the suite cannot run itself; check the command that runs it
     "make check": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "not process")),
-    "make test": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "pytest -n 2")),
+    "make test": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "pytest -n 3")),
     "dvc repro": Verified(after=contains("up to date")),
     "dvc exp run -S train.steps=3000": Verified(TRAIN, after=contains("Running stage 'train'", "Ran experiment")),
     "dvc exp run -n slow -S optimizer.lr=1e-5": Verified(TRAIN, after=has_param("optimizer", "lr", 1e-5)),
@@ -284,6 +285,7 @@ VERIFIED = {
         f"-S dataset=folder -S model=small -S evaluate=pixels {TINY} train",
         before=images,
         after=has_param("train", "precision", "bf16"),
+        slow=True,
     ),
     "dvc exp run -S +experiment=cifar10 -S runtime.launcher=torchrun -S runtime.processes=2": Verified(
         f"-S dataset=folder -S model=small -S evaluate=pixels {TINY} train",
@@ -323,16 +325,16 @@ VERIFIED = {
     'dvc add data/raw && git add data/raw.dvc && git commit -m "My images"': Verified(),
     "dvc exp run -S dataset=folder -S +experiment=short": Verified(TINY, after=made_from_images),
     "dvc exp run -S '~optimizer' -S '+optimizer={_target_: torch.optim.RMSprop, lr: 1e-3, alpha: 0.9}'": Verified(
-        TRAIN, after=has_param("optimizer", "_target_", "torch.optim.RMSprop")
+        TRAIN, after=has_param("optimizer", "_target_", "torch.optim.RMSprop"), slow=True
     ),
     "dvc exp run -S 'train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 1}]'": (
         Verified(TRAIN, after=has_param("train", "transforms", [CROP]))
     ),
-    "dvc exp run -S train.keep=best": Verified(TRAIN, after=has_param("train", "keep", "best")),
+    "dvc exp run -S train.keep=best": Verified(TRAIN, after=has_param("train", "keep", "best"), slow=True),
     "dvc exp run -S sample.ema_width=0": Verified(
         f"{SMOKE} -S train.steps=4 -S train.warmup_steps=0 sample", after=has_param("sample", "ema_width", 0)
     ),
-    "cp -r models/ddpm /some/where/base": Verified(),
+    "cp -r models/ddpm /some/where/base": Verified(slow=True),
     "dvc exp run -S train.init_from=/some/where/base": Verified(
         TRAIN, after=has_param("train", "init_from", "../base")
     ),
@@ -390,7 +392,7 @@ SAID = {
     "git fetch --unshallow": Verified(before=shallow, after=is_whole),
 }
 ELSEWHERE = {
-    "python -m benchmarks.distances": "test_benchmarks.py",
+    "python -m benchmarks.colour <folder>": "test_benchmarks.py",
     "python -m benchmarks.gpu <step>": "test_benchmarks.py",
     "python -m benchmarks.long_run --folder <folder>": "test_benchmarks.py",
     "python -m benchmarks.memory": "test_benchmarks.py",

@@ -38,11 +38,11 @@ def gpu(monkeypatch, there):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A Fast One")
 
 
-def test_cuda_that_is_not_there_is_refused_in_one_line(monkeypatch, capsys):
+def test_missing_cuda_is_refused_in_one_line(monkeypatch, capsys):
     gpu(monkeypatch, False)
     with pytest.raises(UserError) as caught:
         choose_device(runtime("cuda", False, None))
-    assert str(caught.value) == "params.yaml: runtime.device = 'cuda': this machine has none; use auto or cpu"
+    assert str(caught.value) == "params.yaml: runtime.device = 'cuda': this machine has no CUDA device; use auto or cpu"
     assert capsys.readouterr() == ("", "")
 
 
@@ -95,7 +95,7 @@ def test_auto_takes_no_machine_dependent_kernel_if_reproducible(monkeypatch, kin
     fast = choose_kernels(train, runtime(kind, False, 1), where, steps=10**6)
     assert fast.precision == ("bf16" if kind == "cuda" else "fp32")
     assert (fast.memory_format == torch.channels_last) is fast.compile is (kind == "cuda")
-    assert not choose_kernels(train, runtime(kind, False, 1), where, steps=1000).compile  # over before it has paid
+    assert not choose_kernels(train, runtime(kind, False, 1), where, steps=1000).compile  # too short to be worth it
 
 
 @pytest.mark.parametrize(("kind", "has_bf16", "taken"), [
@@ -125,13 +125,13 @@ def compiler(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "missing", "fault"),
     [
-        ("cuda", "gcc", "gcc or clang is needed, and not there; apt-get install gcc"),
-        ("cuda", "headers/Python.h", "/headers/Python.h is needed, and not there; apt-get install python3-dev"),
-        ("cpu", "g++", "g++ is needed, and not there; apt-get install g++"),
-        ("cpu", "headers/Python.h", "/headers/Python.h is needed"),
+        ("cuda", "gcc", "gcc or clang is not installed; apt-get install gcc"),
+        ("cuda", "headers/Python.h", "/headers/Python.h is missing; apt-get install python3-dev"),
+        ("cpu", "g++", "g++ is not installed; apt-get install g++"),
+        ("cpu", "headers/Python.h", "/headers/Python.h is missing"),
     ],
 )
-def test_what_the_compiler_lacks_is_seen_before_the_first_step(compiler, capsys, kind, missing, fault):
+def test_a_missing_compiler_is_reported_before_the_first_step(compiler, capsys, kind, missing, fault):
     train, where = Train(**composed()["train"] | {"compile": True}), torch.device(kind)
     assert choose_kernels(train, runtime(kind, True, 1), where, steps=1).compile
     (compiler / missing).unlink()
@@ -146,15 +146,15 @@ def test_what_the_compiler_lacks_is_seen_before_the_first_step(compiler, capsys,
     assert ", not compiled\n" in out
 
 
-def test_the_compiler_that_the_environment_names_is_looked_for(compiler, monkeypatch):
+def test_the_compiler_in_cc_is_looked_for(compiler, monkeypatch):
     monkeypatch.setenv("CC", "icx")
-    assert str(device.compile_fault(torch.device("cuda"))).startswith("CC = 'icx' is no program")
+    assert str(device.compile_fault(torch.device("cuda"))).startswith("CC = 'icx' is not a program")
     (compiler / "icx").touch(mode=0o755)
     (compiler / "gcc").unlink()
     assert device.compile_fault(torch.device("cuda")) is None
 
 
-def test_triton_and_a_gpu_that_it_works_on_are_asked_for(compiler, monkeypatch):
+def test_compiling_needs_triton_and_a_gpu_that_it_supports(compiler, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 0))
     assert "compute capability 7.0" in str(device.compile_fault(torch.device("cuda")))
     monkeypatch.setattr(device, "find_spec", lambda _: None)
@@ -167,7 +167,7 @@ def test_triton_looks_for_the_compilers_that_are_checked():
     assert all(name in text for name in ('"CC"', '"gcc"', '"clang"', "posix_prefix", '["include"]'))
 
 
-def test_explicit_kernel_settings_are_taken_and_printed(capsys):
+def test_explicit_kernel_settings_are_used_and_printed(capsys):
     asked = {"precision": "bf16", "channels_last": True, "compile": True}
     train = Train(**composed()["train"] | asked)
     chosen = choose_kernels(train, runtime("cpu", True, 1), torch.device("cpu"), steps=1)
@@ -203,7 +203,7 @@ def test_other_faults_are_left_alone():
         raise RuntimeError("shapes do not fit")
 
 
-def test_the_peak_of_memory_counts_what_was_held():
+def test_peak_memory_includes_memory_that_was_freed():
     assert peak_memory(torch.device("cpu")) > 0.05
     torch.ones(2**27)  # half a GiB
     assert 0.5 < peak_memory(torch.device("cpu")) < 64

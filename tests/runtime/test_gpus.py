@@ -1,4 +1,4 @@
-"""A lock per GPU, with devices that are names alone: each run on a machine has devices of its own."""
+"""Each run on a machine has GPUs of its own. The devices of these tests are names: no GPU is needed."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_each_run_has_a_gpu_of_its_own_and_one_too_many_waits(machine):
     runs = [machine.run() for _ in range(3)]
     assert sorted(run.stdout.readline() for run in runs) == ["0\n", "1\n", "2\n"]
     fourth = machine.run()
-    assert fourth.stderr.readline() == "1 of 3 GPUs needed, and other runs have them; waiting\n"
+    assert fourth.stderr.readline() == "waiting for 1 of 3 GPUs, which other runs hold\n"
     runs[1].kill()  # the kernel frees the lock, however a run ends
     freed = runs[1].wait() and fourth.stdout.readline()
     assert freed in ("0\n", "1\n", "2\n")
@@ -58,12 +58,12 @@ def test_a_run_of_several_processes_takes_all_its_gpus_or_none(machine):
     first = machine.run(2)
     assert first.stdout.readline() == "0 1\n"
     second = machine.run(2)
-    assert second.stderr.readline() == "2 of 3 GPUs needed, and other runs have them; waiting\n"
+    assert second.stderr.readline() == "waiting for 2 of 3 GPUs, which other runs hold\n"
     third = machine.run(1)
     assert third.stdout.readline() == "2\n", "a waiting run holds none"
 
 
-def test_more_than_there_are_is_all_of_them(tmp_path):
+def test_asking_for_more_gpus_than_there_are_takes_all(tmp_path):
     assert take(["GPU-x"], 4, tmp_path) == [0]
     assert take([], 1, tmp_path) == []
 

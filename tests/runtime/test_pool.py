@@ -1,4 +1,4 @@
-"""How files are worked through on all cores."""
+"""A function that is applied to many files on all cores."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from ddpm.runtime.pool import in_parallel
 
 
 @pytest.mark.process
-def test_results_are_in_the_order_of_the_files_on_any_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_keep_the_order_of_the_files_on_any_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
     for i in range(23):
         paths.append(str(tmp_path / f"{i}.png"))

@@ -83,7 +83,7 @@ def loss_curve(folder: Path) -> np.ndarray:
 def until(condition: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)
 
 
@@ -92,10 +92,10 @@ def test_two_processes_have_the_curve_samples_and_metrics_of_one(place):
     run_here(train, *TRAINING)
     one = loss_curve(place)
     out = finish(start(place, "train", *SEVERAL, script=True))  # python stages/train.py, as python -m stages.train
-    assert "one of 2 processes" in out and out.count("device: ") == 1  # one process talks
+    assert "one of 2 processes" in out and out.count("device: ") == 1  # one process prints
     np.testing.assert_allclose(loss_curve(place), one, rtol=1e-4)
     made = {}
-    for several in ((), SEVERAL):  # of the same model
+    for several in ((), SEVERAL):  # from the same model
         for stage in (sample, evaluate):
             if several:
                 finish(start(place, stage.__name__.rpartition(".")[2], *several))
@@ -115,7 +115,7 @@ def test_two_processes_have_the_curve_samples_and_metrics_of_one(place):
         pytest.param("SIGTERM", 143, "stopped by SIGTERM", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_process_ends_the_run_and_the_next_has_the_same_bytes(place, name, code, line):
+def test_a_run_with_a_killed_process_resumes_in_the_same_bytes(place, name, code, line):
     long = (*SEVERAL, "train.steps=24", "train.save_every_seconds=1e-9")
     curve, weights = loss_file(place), place / "models/ddpm/unet/diffusion_pytorch_model.safetensors"
     finish(start(place, "train", *long))
@@ -201,7 +201,7 @@ def test_more_processes_than_gpus_are_noted_in_one_line(monkeypatch, capsys, gpu
     monkeypatch.setattr("sys.argv", ["stages/train.py"])
     processes.launch(Runtime(**composed()["runtime"] | {"launcher": "torchrun", "processes": count}))
     line = (
-        "runtime.processes = 2: more than the GPUs of this machine, 1, so processes share them, which is slower than "
+        "runtime.processes = 2: more than this machine's 1 GPU; processes that share a GPU are slower than "
         "one process per GPU\n"
     )
     assert capsys.readouterr().out == line * noted
@@ -218,6 +218,6 @@ def test_processes_that_share_a_gpu_do_not_use_nccl(monkeypatch, gpus_here, back
     assert asked == [backend]
 
 
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused(place):
+def test_a_batch_must_divide_among_the_processes(place):
     out = finish(start(place, "train", *SEVERAL, "train.batch_size=9"), 1)
     assert "train.batch_size = 9: must be a multiple of train.accumulation = 1 x runtime.processes = 2" in out

@@ -42,7 +42,7 @@ def state(tmp_path):
 
 
 def save(state, values):
-    """Until it is on the disk."""
+    """Save, and wait until it is on the disk."""
     state.save(values)
     state.saved()
 
@@ -149,7 +149,7 @@ DAMAGES = pytest.mark.parametrize(
 
 
 @DAMAGES
-def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage, capsys):
+def test_a_damaged_state_is_named_and_the_previous_one_loaded(state, damage, capsys):
     for step in (1, 2):
         save(state, {"step": step})
     assert state.load() == {"step": 2}
@@ -159,7 +159,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_is_named(state, damage
 
 
 @DAMAGES
-def test_where_both_are_damaged_the_run_starts_over(state, damage, capsys):
+def test_a_run_whose_two_states_are_damaged_starts_over(state, damage, capsys):
     for step in (1, 2):
         save(state, {"step": step})
     for file in state.folder.glob("*.pt"):
@@ -200,11 +200,11 @@ def test_a_crash_while_saving_leaves_the_earlier_state(state, monkeypatch, saves
         with pytest.raises(OSError, match="No space"):
             save(state, {"step": 99})
     assert state.load() == ({"step": saves - 1} if saves else None)
-    save(state, {"step": 100})  # what the crash left lying about is no obstacle
+    save(state, {"step": 100})  # files that the crash left do not matter
     assert state.load() == {"step": 100}
 
 
-def test_what_is_renamed_has_reached_the_disk_before(state, monkeypatch):
+def test_a_state_has_reached_the_disk_before_it_is_renamed(state, monkeypatch):
     order = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.fstat(fd).st_size), fsync(fd))[1])
@@ -269,7 +269,7 @@ def test_a_process_waits_for_one_that_is_still_saving(tmp_path, monkeypatch, end
             monkeypatch.setattr(workspace, "PATIENCE", 0.2)
             with pytest.raises(UserError), ResumeState(folder):
                 pass
-    expected = f"{folder}: another process is at work on this very run; waiting for its end\n"
+    expected = f"{folder}: another process is at work on this very run; waiting for it to end\n"
     assert capfd.readouterr().err == expected * 2
 
 
@@ -343,7 +343,7 @@ def test_the_fingerprint_follows_parameters_and_data():
     ("owner", "name"),
     [(torch, "__version__"), (resume.platform, "machine"), (resume.platform, "python_version")],
 )
-def test_a_states_folder_follows_the_versions_and_a_runs_name_does_not(monkeypatch, owner, name, tmp_path):
+def test_versions_change_a_states_folder_and_no_runs_name(monkeypatch, owner, name, tmp_path):
     def names():
         return fingerprint(PARAMS), state_folder(tmp_path, "train", fingerprint(PARAMS))
 
@@ -440,7 +440,7 @@ def test_a_crash_while_a_part_is_kept_leaves_none(state, monkeypatch):
     assert state.kept("part", lambda: np.arange(3) + 1)[0] == 1
 
 
-def test_a_runs_name_does_not_follow_the_code_and_its_state_does(monkeypatch, tmp_path):
+def test_code_changes_a_states_folder_and_no_runs_name(monkeypatch, tmp_path):
     monkeypatch.setattr(imports, "ROOT", tmp_path / "code")
     for path in ("stages/train.py", "ddpm/a.py", "ddpm/b.py"):
         (tmp_path / "code" / path).parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,7 @@ def test_a_run_that_is_cut_off_is_resumed_by_the_next(place, error):
         assert run.state.load() == {"step": 7}
 
 
-def test_no_memory_left_is_one_line_and_the_state_stays(place):
+def test_out_of_memory_is_one_line_and_the_state_stays(place):
     with pytest.raises(UserError, match=r"^out of memory: lower train.batch_size$"), opened():
         torch.empty(2**60)
     assert len(states(place)) == 1
@@ -73,7 +73,7 @@ def test_a_refused_device_touches_neither_state_nor_records(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (place / "results").mkdir()
     (place / "results/metrics.json").write_text("{}")
-    with pytest.raises(UserError, match="this machine has none"), opened("cuda", curves="results"):
+    with pytest.raises(UserError, match="this machine has no CUDA device"), opened("cuda", curves="results"):
         pass
     assert [path.name for path in place.rglob("*")] == ["results", "metrics.json"]
 
@@ -88,7 +88,7 @@ def test_a_run_that_is_held_elsewhere_touches_no_records(place, monkeypatch):
         assert (place / "results/metrics.json").read_text() == "{}"
 
 
-def test_curves_and_last_values_are_written_where_a_folder_is_named(place):
+def test_curves_and_last_values_are_written_if_a_folder_is_named(place):
     with opened(stage="sample") as run:
         run.tracker.log(1, {"loss": 0.5})
     assert not (place / "results").exists()
@@ -101,7 +101,10 @@ def test_curves_and_last_values_are_written_where_a_folder_is_named(place):
 def test_an_input_that_was_changed_ends_the_run_and_its_state(place):
     with opened() as run:
         run.check_unchanged(False, "data/prepared")
-    with pytest.raises(UserError, match="data/prepared: was changed while the stage ran; nothing"), opened() as run:
+    with (
+        pytest.raises(UserError, match="data/prepared: was changed while the stage ran, so its results"),
+        opened() as run,
+    ):
         run.state.save({"step": 7})
         run.check_unchanged(True, "data/prepared")
     assert states(place) == []

@@ -7,7 +7,7 @@ from ddpm.runtime import signals
 from ddpm.runtime.signals import Interrupted, die_with_parent, signals_deferred
 
 
-def test_a_parent_that_died_before_the_stage_asked_stops_it_too(monkeypatch):
+def test_a_parent_that_died_early_stops_the_stage_too(monkeypatch):
     calls = []
     parents = iter([100, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
@@ -17,7 +17,7 @@ def test_a_parent_that_died_before_the_stage_asked_stops_it_too(monkeypatch):
     assert calls == [(1, signal.SIGTERM)]
 
 
-def test_deferred_signals_are_collected_and_the_handlers_come_back():
+def test_deferred_signals_are_collected_and_handlers_restored():
     before = [signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         with pytest.raises(KeyError), signals_deferred() as received:

@@ -52,7 +52,7 @@ def run(folder, body, **runtime_changes):
     return subprocess.run([sys.executable, "stage.py"], timeout=PATIENCE, **prepare(folder, body, **runtime_changes))
 
 
-def test_a_user_error_is_printed_line_by_line_without_a_traceback(tmp_path):
+def test_a_user_error_is_printed_in_lines_without_a_traceback(tmp_path):
     done = run(tmp_path, "raise UserError('one: wrong\\ntwo: wrong')")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: one: wrong\nerror: two: wrong\n")
 
@@ -102,7 +102,7 @@ def test_ctrl_c_during_the_imports_is_reported_in_one_line(tmp_path, stage):
 def test_a_signal_during_an_import_ends_the_process_at_once(tmp_path, name, code):
     swallows = f"import os, signal\ntry: os.kill(os.getpid(), signal.{name})\nexcept BaseException: pass\n"
     (tmp_path / "swallows.py").write_text(swallows)
-    done = run(tmp_path, "import swallows; print('went on')")
+    done = run(tmp_path, "import swallows; print('continued')")
     assert (done.returncode, done.stdout, done.stderr) == (
         code,
         "",
@@ -187,10 +187,10 @@ def test_a_stage_waits_for_one_that_is_ending_in_the_same_folder(tmp_path):
     ):
         out = [stage.communicate(timeout=PATIENCE) for stage in (first, second)]
     assert [stdout for stdout, _ in out] == ["ready\ndone\n"] * 2
-    assert sorted(stderr for _, stderr in out) == ["", f"{tmp_path.resolve()}: {BUSY}; waiting for its end\n"]
+    assert sorted(stderr for _, stderr in out) == ["", f"{tmp_path.resolve()}: {BUSY}; waiting for it to end\n"]
 
 
-def test_a_stage_refuses_to_run_beside_another_in_the_same_folder(tmp_path):
+def test_a_stage_refuses_to_run_beside_another_in_a_folder(tmp_path):
     options = prepare(tmp_path, SLEEP)
     with subprocess.Popen([sys.executable, "stage.py"], **options) as first:
         assert first.stdout.readline() == "ready\n"
@@ -204,7 +204,7 @@ def test_a_stage_refuses_to_run_beside_another_in_the_same_folder(tmp_path):
 
 
 @pytest.mark.parametrize("reproducible", [True, False])
-def test_the_reproducible_environment_is_set_before_any_computation(tmp_path, reproducible):
+def test_the_reproducible_environment_precedes_torch_and_numpy(tmp_path, reproducible):
     names = list(REPRODUCIBLE_ENVIRONMENT)
     body = f"assert not {{'torch', 'numpy'}} & set(sys.modules); print([os.environ.get(n) for n in {names}])"
     done = run(tmp_path, body, reproducible=reproducible)
@@ -237,7 +237,7 @@ def test_wrong_parameters_stop_a_training_within_two_seconds(tmp_path, old, new,
     (tmp_path / "params.yaml").write_text(text.replace(old, new))
     before = everything_in(tmp_path)
     seconds = []
-    while not seconds or (seconds[-1] > 2 and len(seconds) < 4):  # again where the machine was busy with other things
+    while not seconds or (seconds[-1] > 2 and len(seconds) < 4):  # again where the machine was busy
         start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "stages.train"],
@@ -314,7 +314,7 @@ def long_tmpdir(tmp_path):
     return folder
 
 
-def test_stages_with_workers_run_where_tmpdir_is_too_long_for_a_socket(tmp_path, long_tmpdir):
+def test_workers_run_where_tmpdir_is_too_long_for_a_socket(tmp_path, long_tmpdir):
     rng = np.random.default_rng(0)
     (tmp_path / "raw").mkdir()
     for i in range(12):
@@ -332,7 +332,7 @@ def test_stages_with_workers_run_where_tmpdir_is_too_long_for_a_socket(tmp_path,
     assert (tmp_path / "models/ddpm/model_index.json").exists()
 
 
-def test_a_tmpdir_is_refused_where_no_shorter_folder_can_be_written(tmp_path, long_tmpdir):
+def test_a_long_tmpdir_is_refused_if_no_other_can_be_written(tmp_path, long_tmpdir):
     (tmp_path / "params.yaml").write_text(OmegaConf.to_yaml(composed()))
     code = (
         "from ddpm.runtime import stage, workspace; workspace.SHORT_FOLDERS = ('/nowhere',); "

@@ -222,7 +222,7 @@ def test_a_run_that_cannot_be_online_is_recorded_offline(started, monkeypatch, c
 
 
 class Answers(BaseHTTPRequestHandler):
-    """A stand-in for W&B's server, which only answers who has a key."""
+    """A stand-in for W&B's server: it answers every request alike, and counts them."""
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -291,7 +291,7 @@ def test_a_wrong_key_and_no_network_record_offline_for_real(tmp_path, refused):
     assert rows[0]["train/loss"] == 0.5
 
 
-def test_a_broken_connection_is_one_warning_and_dvclive_continues(started, capsys):
+def test_a_broken_connection_is_a_warning_and_dvclive_continues(started, capsys):
     started.run.fails_at = 2
     assert track().run is None
     assert capsys.readouterr().err == "warning: W&B: the network is gone; this run is no longer recorded there\n"
@@ -392,7 +392,7 @@ def test_a_replayed_history_has_the_bytes_of_an_undisturbed_run():
     assert contents("resumed") == contents("whole")
 
 
-def test_what_lay_in_the_folder_before_is_gone():
+def test_an_earlier_runs_curves_are_removed():
     track("results", [(1, {"old": 1.0})], OFF)
     track("results", setting=OFF)
     assert "plots/metrics/old.tsv" not in contents("results")
@@ -428,7 +428,7 @@ def test_without_a_folder_and_without_wandb_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_for_wandbs_own_files_that_a_person_chose_is_kept(started, tmp_path):
+def test_a_chosen_folder_for_wandbs_own_files_is_kept(started, tmp_path):
     os.environ["WANDB_CACHE_DIR"] = "/chosen"
     track(None)
     assert os.environ["WANDB_CACHE_DIR"] == "/chosen"

@@ -188,7 +188,7 @@ def test_data_changed_under_a_running_stage_writes_nothing(made, monkeypatch, tm
     before, enter = files(), ResumeState.__enter__
     with monkeypatch.context() as patch:
         patch.setattr(ResumeState, "__enter__", lambda self: (change(), enter(self))[1])
-        with pytest.raises(UserError, match=r"^data/prepared: was changed while the .* ran; .*; run it again$"):
+        with pytest.raises(UserError, match=r"^data/prepared: was changed while the .* ran, .*; run the stage again$"):
             run(stage, "train.steps=2", "train.warmup_steps=0", "evaluate.bound_images=0")
     assert files() == before
     assert not list(Path(".state").iterdir())

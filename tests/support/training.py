@@ -22,6 +22,7 @@ from ddpm.training.setup import Design, set_up
 from tests.conftest import composed, small_unet
 
 SHALLOW: dict[str, Any] = {"block_out_channels": (16,), "attention": (True,)}  # two thirds of the time
+TINY: dict[str, Any] = {"block_out_channels": (8,), "attention": (False,)}  # a third of it, and it still learns
 TWO_CLASSES: dict[str, Any] = {"num_class_embeds": 3, "has_no_label": True}
 NAMES = ("dark", "bright")
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)

@@ -19,7 +19,7 @@ def test_a_point_is_the_mean_since_the_last_one():
     assert window.take(3) == {"loss": 5.0, "grad_norm": 7.0}
 
 
-def test_a_window_that_is_refilled_gives_the_point_of_the_first():
+def test_a_refilled_window_gives_the_same_point():
     window, resumed = filled(1.0, 2.0), filled()
     resumed.refill(window.check(1))
     for each in (window, resumed):

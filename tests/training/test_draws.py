@@ -49,7 +49,7 @@ def test_the_marginal_distribution_of_the_noise_is_untouched():
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_equal_images_have_an_assignment_too(size):
+def test_equal_images_are_assigned_noise_too(size):
     x0, noise = torch.zeros(size, 1, 4, 4), torch.ones(size, 1, 4, 4)
     assert torch.equal(coupled(settings("assigned", size), x0, noise), noise)
 
@@ -85,7 +85,7 @@ def _checked(mine: torch.Tensor, rows: list[torch.Tensor], rank: int) -> torch.T
 
 
 @pytest.mark.parametrize("stratified", [True, False])
-def test_a_stratified_batch_has_one_image_per_share_of_the_levels(stratified):
+def test_a_stratified_batch_spreads_its_timesteps_evenly(stratified):
     setup = SimpleNamespace(
         device=torch.device("cpu"),
         timesteps=Timesteps(np.full(1000, 1 / 1000)),

@@ -54,11 +54,11 @@ def test_timesteps_cover_every_range_and_images_alternate(monkeypatch, count):
         assert abs(np.corrcoef(t, rows)[0, 1]) < 0.2
 
 
-def test_the_mean_is_that_of_the_ranges_and_a_blank_network_scores_one():
+def test_the_ranges_of_a_blank_network_are_known_and_averaged():
     losses = HeldOutLoss(split(50), DIFFUSION, 0, 64)(network())
     assert tuple(losses) == NAMES
     assert losses["held_out_loss"] == pytest.approx(np.mean([losses[name] for name in NAMES[1:]]))
-    # it predicts zero, and v has the mean square of the noise where there is no noise, and of the image where all is
+    # it predicts zero; the mean square of v is that of the noise at t = 0, and that of the image at the last timestep
     assert losses[NAMES[1]] == pytest.approx(1, abs=0.1)
     image = (split(50).images / 127.5 - 1).astype(np.float32)
     assert losses[NAMES[-1]] == pytest.approx((image**2).mean(), rel=0.2)

@@ -20,9 +20,10 @@ from ddpm.runtime.resume import ResumeState
 from ddpm.runtime.signals import Interrupted
 from ddpm.training import held_out, loop
 from tests.conftest import composed, small_unet
-from tests.support.training import IMAGES, NAMES, SHALLOW, TWO_CLASSES, same, split_of, train, train_all
+from tests.support.training import IMAGES, NAMES, SHALLOW, TINY, TWO_CLASSES, same, split_of, train, train_all
 
 DEVICES = ["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()
+pytestmark = pytest.mark.process
 STILL = SHALLOW | {"dropout": 0.0}
 run = partial(train, network=SHALLOW)
 
@@ -71,13 +72,13 @@ def test_a_resumed_run_ends_in_the_same_bytes(tmp_path, device, network, recipe)
     whole, curves = run(tmp_path, *changes, device=device, network=network)
     for stop_at in (3, 9, 10):  # 10: with one of the three values of the next point of the curves
         with pytest.raises(Interrupted):
-            run(tmp_path, *changes, device=device, stop_at=stop_at, name=f"cut-{stop_at}", network=network)
-        resumed, replayed = run(tmp_path, *changes, device=device, name=f"cut-{stop_at}", network=network)
-        assert same(whole, resumed)
-        assert replayed.logged == curves.logged
-        for name in ("loss", "learning_rate", "grad_norm", *held_out.NAMES):
-            file = f"plots/metrics/{name}.tsv"
-            assert (tmp_path / "run" / file).read_bytes() == (tmp_path / f"cut-{stop_at}" / file).read_bytes()
+            run(tmp_path, *changes, device=device, stop_at=stop_at, name="cut", network=network)
+    resumed, replayed = run(tmp_path, *changes, device=device, name="cut", network=network)
+    assert same(whole, resumed)
+    assert replayed.logged == curves.logged
+    for name in ("loss", "learning_rate", "grad_norm", *held_out.NAMES):
+        file = f"plots/metrics/{name}.tsv"
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -91,7 +92,6 @@ def test_the_same_parameters_train_the_same_weights(tmp_path, device):
     assert not same(first, other)
 
 
-@pytest.mark.process
 def test_the_number_of_loader_workers_changes_nothing(tmp_path):
     crop = "train.transforms=[{_target_: torchvision.transforms.v2.RandomCrop, size: 8, padding: 2}]"
     alone, _ = run(tmp_path, crop, name="a")
@@ -176,12 +176,12 @@ def test_a_run_without_memory_resumes_in_the_same_bytes(tmp_path, monkeypatch):
     ("batch", "now", "more"),
     [(64, 1, "2 (the same step in parts of 32 images)"), (12, 3, "6"), (9, 1, "3"), (6, 2, "6")],
 )
-def test_the_line_of_a_full_memory_names_an_accumulation_that_divides(batch, now, more):
+def test_the_advice_names_an_accumulation_that_divides(batch, now, more):
     settings = check(composed(f"train.batch_size={batch}", f"train.accumulation={now}")).train
     assert loop.memory_advice(settings).startswith(f"set train.accumulation={more}")
 
 
-def test_where_nothing_is_left_to_divide_smaller_settings_are_named():
+def test_a_batch_that_cannot_be_divided_gives_other_advice():
     settings = ("train.batch_size=4", "train.accumulation=4", "train.activation_checkpointing=true")
     params = check(composed(*settings, "train.precision=bf16"))
     assert loop.memory_advice(params.train) == "lower train.batch_size or model.base_channels"
@@ -274,8 +274,7 @@ def test_min_snr_weighs_the_objective_and_not_the_curve(tmp_path):
 def test_epochs_are_counted_in_whole_batches(tmp_path):
     images = np.tile(IMAGES, (16, 1, 1, 1))  # 640, 5 batches of 128: two epochs are enough for a preview
     length = ("train.steps=null", "train.epochs=3", "train.batch_size=128")
-    tiny = {"block_out_channels": (8,), "attention": (False,)}
-    _, curves = run(tmp_path, *length, "train.preview_every_epochs=1", images=images, network=tiny)
+    _, curves = run(tmp_path, *length, "train.preview_every_epochs=1", images=images, network=TINY)
     assert max(curves.logged) == 15
     assert curves.pictures[2:] == ["samples_epoch_00002"]
 
@@ -314,7 +313,7 @@ def test_a_folder_smaller_than_a_batch_is_trained_on(tmp_path, size, capsys):
     assert same(whole, run(tmp_path, *settings, images=images, name="cut")[0])
 
 
-def test_floats_that_transforms_give_are_trained_on_as_pixels_are(tmp_path, trained_on):
+def test_floats_from_transforms_train_as_pixels_do(tmp_path, trained_on):
     """ToDtype with scale, which once trained on [0, 1] as if it were [-1, 1]."""
     inputs = []
     node = "{_target_: torchvision.transforms.v2.ToDtype, dtype: torch.float32, scale: true}"
@@ -339,9 +338,8 @@ def test_flips_mirror_about_half_of_the_images(tmp_path, trained_on, flip):
 
 def test_timesteps_are_uniform_and_noise_is_normal_at_every_step(tmp_path, trained_on):
     uniform = ("train.noise_levels=uniform", "train.noise_levels_width=null", "train.stratified=false")
-    tiny = {"block_out_channels": (8,), "attention": (False,)}
     images = np.tile(IMAGES, (2, 1, 1, 1))
-    run(tmp_path, "train.steps=50", "train.batch_size=32", *uniform, images=images, network=tiny)
+    run(tmp_path, "train.steps=50", "train.batch_size=32", *uniform, images=images, network=TINY)
     t = torch.cat([t for _, t, _ in trained_on])
     noise = torch.stack([noise for *_, noise in trained_on]).double()
     counts = torch.bincount(t, minlength=50)
@@ -391,7 +389,7 @@ def test_a_value_that_torch_refuses_is_reported_with_its_setting(tmp_path):
         run(tmp_path, "lr_schedule=linear", "lr_schedule.start_factor=5.0")
 
 
-def test_each_width_is_an_average_of_its_own_and_zero_is_the_network(tmp_path):
+def test_each_width_has_its_average_and_zero_is_the_network(tmp_path):
     averages, _ = train_all(tmp_path, "train.ema_widths=[0,0.05,0.2]")
     live, short, long = (torch.cat([p.flatten() for p in model.parameters()]) for model in averages.values())
     assert 0 < (short - live).norm() < (long - live).norm()
@@ -401,6 +399,7 @@ def test_each_width_is_an_average_of_its_own_and_zero_is_the_network(tmp_path):
 def test_the_best_weights_are_those_of_the_least_held_out_loss(tmp_path, capsys):
     changes = ("train.held_out_every_epochs=1", "train.steps=30", "train.ema_widths=[0.1,0]")
     opposites = {"images": IMAGES // 4, "held_out_images": 255 - IMAGES // 4}  # what helps with dark ones, then hurts
+    opposites |= {"network": TINY}
     last, curves = train_all(tmp_path, *changes, name="last", **opposites)
     points = {step: values["held_out_loss"] for step, values in curves.logged.items() if "held_out_loss" in values}
     assert list(points) == [5, 10, 15, 20, 25, 30]

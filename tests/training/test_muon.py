@@ -1,6 +1,7 @@
 import copy
 import io
 
+import pytest
 import torch
 
 from ddpm.config.targets import OPTIMIZER, build
@@ -28,7 +29,7 @@ def step(model: UNet, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-SHAPES = [(16, 72), (72, 16), (1, 5), (16, 16), (16, 40), (9, 9)]  # of one size, and others
+SHAPES = [(16, 72), (72, 16), (1, 5), (16, 16), (16, 40), (9, 9)]  # some share the size of X X^T
 
 
 def matrices(seed: int) -> list[torch.Tensor]:
@@ -39,7 +40,7 @@ def matrices(seed: int) -> list[torch.Tensor]:
 def test_singular_values_come_near_one():
     for matrix in orthogonalised(matrices(0)):
         values = torch.linalg.svdvals(matrix)
-        if len(set(matrix.shape)) == 2:  # a square one may be nearly singular, and stays so
+        if len(set(matrix.shape)) == 2:  # a square matrix may be nearly singular, and stays so
             assert values.min() > 0.6
         assert values.max() < 1.3
 
@@ -66,7 +67,7 @@ def test_a_matrix_of_zeros_stays_zero():
     assert not orthogonalised([torch.zeros(3, 4)])[0].any()
 
 
-def test_matrices_are_updated_by_the_same_size_and_the_rest_as_adam_does():
+def test_matrices_get_updates_of_one_size_and_the_rest_adams():
     model = network()
     twin = copy.deepcopy(model)
     optimizer = build(NODE, OPTIMIZER, model.named_parameters())
@@ -121,6 +122,7 @@ def test_weight_decay_shrinks_every_weight():
         torch.testing.assert_close(weight, old * 0.95)
 
 
+@pytest.mark.process
 def test_the_loss_falls_below_that_of_adam_at_the_same_rate():
     losses = {}
     for name, target in (("muon", NODE), ("adam", {"_target_": "torch.optim.Adam", "lr": 0.01})):

@@ -44,6 +44,7 @@ def one_step(setup, settings, step):
     return optimizer_step(setup, settings, images, torch.zeros(8, dtype=torch.int64), step)
 
 
+@pytest.mark.process
 def test_fp16_follows_the_curve_of_fp32(tmp_path):
     """And the norm of its gradient is that of the gradient, not of the scaled one."""
     _, exact = run(tmp_path, "train.precision=fp32", name="fp32")
@@ -54,6 +55,7 @@ def test_fp16_follows_the_curve_of_fp32(tmp_path):
     assert "loss_scale" not in exact.logged[3]
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("overflows")
 @pytest.mark.parametrize("optimizer", ["adam", "muon", "sgd"])
 def test_a_resumed_fp16_run_ends_in_the_same_bytes(tmp_path, optimizer):
@@ -103,6 +105,7 @@ def test_gradients_that_overflow_at_any_scale_end_the_training(tmp_path, monkeyp
         run(tmp_path, FP16, "train.steps=40", "train.log_every_steps=20")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("first", "then"), [(FP16, "train.precision=fp32"), ("train.precision=fp32", FP16)])
 def test_a_state_resumes_where_auto_takes_another_precision(tmp_path, first, then):
     """As on another GPU: the scale starts as in a new training, or is forgotten."""
