@@ -42,9 +42,8 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 check: lint ## Lint, types, and the tests that run no whole training, no stage, no dvc and no second process
 	pytest -n 2 --dist worksteal -m "not process and not pipeline and not slow and not remote"
 
-# One worker more than there are cores in CI: tests of dvc's queue wait as long as they compute
 test: lint ## Lint, types, and the whole test suite with coverage
-	pytest -n 3 --dist worksteal --cov --cov-report=term --cov-fail-under=90
+	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 test-stages: $(VENV)/.dev ## The tests of the suite that run trainings and stages, or start processes
 	pytest -n 2 --dist worksteal -m "process and not pipeline and not slow and not remote"

@@ -276,7 +276,7 @@ VERIFIED = {
     "make repro": Verified(INSTALLED, before=back_home, after=contains("frechet_distance", "results/sample/grid.png")),
     # the suite cannot run itself; check the command that runs it
     "make check": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "not process")),
-    "make test": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "pytest -n 3")),
+    "make test": Verified(f"{INSTALLED} -n", after=contains("ruff check .", "mypy", "pytest -n 2")),
     "dvc repro": Verified(after=contains("up to date")),
     "dvc exp run -S train.steps=3000": Verified(TRAIN, after=contains("Running stage 'train'", "Ran experiment")),
     "dvc exp run -n slow -S optimizer.lr=1e-5": Verified(TRAIN, after=has_param("optimizer", "lr", 1e-5)),
