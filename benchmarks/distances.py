@@ -1,18 +1,24 @@
 """Measure the cost of an evaluation's distances: python -m benchmarks.distances [--seconds 30]
 
-It calls the functions of the stage evaluate with random features in place of images. A loop over rows that takes longer
-than the seconds is stopped there, and its time is that of the rows that ran, in proportion: all rows cost the same. Its
-memory is that of its blocks, which are all of one size.
+It calls the functions of the stage evaluate with random features in place of images. A loop over rows or tiles that
+takes longer than the seconds is stopped there, and its time is that of what ran, in proportion. All tiles cost the
+same, but for two things: an image ranks all that its first tiles hold, so that the estimate of a loop that is stopped
+early is too long; and after a stopped loop over one set no ball holds an image, which saves the search for those that
+do. The memory is that of a tile, and all are of one size.
+
+Each cell is kept in benchmarks/results/distances.json as soon as it is done: a call that was cut continues, as long as
+no commit has changed ddpm/evaluation.
 """
 
 import argparse
 import json
-import math
+import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +36,8 @@ PARTS = {
     "nearest": "Nearest training images",
 }
 FILE = RESULTS / "distances.json"
-CELLS = [(part, n, m, width) for width in WIDTHS for m in REAL for n in SAMPLES for part in PARTS]
+Cell = tuple[str, int, int, int]
+CELLS: list[Cell] = [(part, n, m, width) for width in WIDTHS for m in REAL for n in SAMPLES for part in PARTS]
 
 
 def features(path: Path, count: int, width: int, seed: int) -> None:
@@ -97,32 +104,19 @@ class Loops:
 
         return Bar(total, name, unit)
 
-    def counted(self, function: Callable[..., Any], total: int) -> Callable[..., Any]:
-        """A function that is called so many times in a loop, and stops it."""
-        starts: list[float] = []
-
-        def call(*given: Any) -> Any:
-            starts.append(time.perf_counter())
-            self.check(starts[0], (len(starts) - 1) / total or 1)
-            return function(*given)
-
-        return call
-
 
 def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
     """One turn: the seconds and the peak of memory of a part, and the share of the seconds that ran."""
     import torch
 
-    from ddpm.evaluation import distances, neighbours, pairs
-    from ddpm.evaluation.blocks import row_blocks
+    from ddpm.evaluation import blocks, distances, neighbours, pairs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     a, b = (np.load(path, mmap_mode="r") for path in (samples, real))
     loops, balls = Loops(limit), pairs._sample_balls
-    for module in (distances, pairs):
+    empty = partial(torch.zeros, dtype=torch.float64, device=device)
+    for module in (blocks, distances):
         module.Progress = loops.bar  # type: ignore[attr-defined]
-    blocks = [len(list(row_blocks(a, min(len(b), neighbours.POINTS)))), math.ceil(len(b) / neighbours.POINTS)]
-    neighbours.products = loops.counted(neighbours.products, math.prod(blocks))
 
     def normal(features: np.ndarray) -> distances.Normal:
         try:
@@ -136,13 +130,13 @@ def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
         try:
             return balls(samples, neighbours, keep, device)
         except Stopped:
-            return torch.zeros(keep.shape, dtype=torch.float64), torch.zeros(len(samples), dtype=torch.float64)
+            return empty(keep.shape), empty(len(samples))
 
     def all_pairs() -> None:
         try:
             compared = pairs.real_pairs(b, 3, device)
-        except Stopped:  # empty balls cost as much as any
-            compared = pairs.Real(b, torch.zeros(len(b), dtype=torch.float64), 0.0)
+        except Stopped:
+            compared = pairs.Real(b, empty(len(b)), 0.0)
         pairs.compare(a, compared, 3, 0, device)
 
     pairs._sample_balls = some_balls
@@ -162,19 +156,40 @@ def cell(send: Send, part: str, samples: str, real: str, limit: float) -> None:
     send({"seconds": seconds, "ran": ran / seconds, "mib": max(mib, torch.cuda.max_memory_allocated() / 2**20)})
 
 
-def measure(limit: float) -> Iterator[dict[str, Any]]:
+def code() -> str | None:
+    """The commit that last changed ddpm/evaluation; None if it was changed since."""
+    git = partial(subprocess.run, cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True)
+    if git(["git", "status", "--porcelain", "ddpm/evaluation"]).stdout:
+        return None
+    return git(["git", "log", "-1", "--format=%h", "--", "ddpm/evaluation"]).stdout.strip()
+
+
+def kept() -> list[dict[str, Any]]:
+    """The rows of the file that were measured with today's code."""
+    rows = json.loads(FILE.read_text(encoding="utf-8"))["rows"] if FILE.exists() else []
+    commit = code()
+    return [row for row in rows if commit and row.get("code") == commit]
+
+
+def measure(cells: list[Cell], limit: float) -> Iterator[dict[str, Any]]:
     """A row for each cell; the features are made once for all parts that take them."""
+    commit = code()
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder, f"{name}.npy") for name in ("samples", "real")}
         made: dict[Path, tuple[int, int]] = {}
-        for part, n, m, width in CELLS:
+        for part, n, m, width in cells:
             for seed, (path, count) in enumerate(zip(paths.values(), (n, m), strict=True)):
                 if made.get(path) != (count, width):
                     features(path, count, width, seed)
                     made[path] = (count, width)
             settings = {"part": part, "limit": limit} | {name: str(path) for name, path in paths.items()}
             with Worker(Contender("cell", "benchmarks.distances:cell", settings)) as worker:
-                yield {"part": part, "samples": n, "real": m, "width": width} | worker.ask()
+                yield {"part": part, "samples": n, "real": m, "width": width, "code": commit} | worker.ask()
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell that a row measured."""
+    return row["part"], row["samples"], row["real"], row["width"]
 
 
 def duration(seconds: float) -> str:
@@ -186,7 +201,7 @@ def duration(seconds: float) -> str:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The tables, in markdown."""
-    found = {(row["part"], row["samples"], row["real"], row["width"]): row for row in rows}
+    found = {cell_of(row): row for row in rows}
 
     def text(row: dict[str, Any]) -> str:
         return f"{'≈ ' if row['ran'] < 1 else ''}{duration(row['seconds'])}, {row['mib']:,.0f} MiB"
@@ -204,11 +219,16 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, write the numbers after each cell, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=30)
-    rows = []
-    for row in measure(parser.parse_args().seconds):
+    """Measure the cells that are not in the file yet, write the numbers after each, print the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distances", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=30, help="per loop")
+    parser.add_argument("--again", action="store_true", help="repeat the cells that are in the file")
+    arguments = parser.parse_args()
+    rows = [] if arguments.again else kept()
+    done = {cell_of(row) for row in rows}
+    for row in measure([cell for cell in CELLS if cell not in done], arguments.seconds):
         rows.append(row)
         print(row, flush=True)
         FILE.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import colour, distances, gpu, growth, long_run, memory, million, ours, quality, report, speedrun, whole
 from benchmarks.__main__ import SECTIONS
 from ddpm.data.prepared import Prepared
-from ddpm.evaluation import blocks, neighbours, pairs
+from ddpm.evaluation import blocks, pairs
 from ddpm.evaluation import distances as measures
 from tests.conftest import ROOT
 
@@ -198,16 +198,10 @@ def test_the_distance_table_is_rendered_from_committed_numbers():
     ],
 )
 def test_a_cell_measures_the_functions_of_the_stage(monkeypatch, part, limit, whole, tmp_path):
-    """A loop that is stopped counts its other rows in proportion."""
-    monkeypatch.setattr(blocks, "PAIRS", 800)  # ten rows in a block
+    """A loop that is stopped counts its other rows or tiles in proportion."""
+    monkeypatch.setattr(blocks, "TILE", 10)
     monkeypatch.setattr(blocks, "BLOCK", 80)
-    monkeypatch.setattr(neighbours, "POINTS", 40)
-    for module, name in (
-        (measures, "Progress"),
-        (pairs, "Progress"),
-        (pairs, "_sample_balls"),
-        (neighbours, "products"),
-    ):
+    for module, name in ((measures, "Progress"), (blocks, "Progress"), (pairs, "_sample_balls")):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
     for name, count in (("samples", 50), ("real", 80)):
         distances.features(tmp_path / f"{name}.npy", count, 8, 0)
@@ -219,6 +213,48 @@ def test_a_cell_measures_the_functions_of_the_stage(monkeypatch, part, limit, wh
     assert sent[1]["mib"] > 1
     rows = [dict(zip(("part", "samples", "real", "width"), c, strict=True)) | sent[1] for c in distances.CELLS]
     assert distances.page(rows).count("≈") == (0 if whole else 72)
+
+
+def test_cells_of_the_same_code_are_kept_and_the_others_measured(monkeypatch, tmp_path):
+    cells, asked = [("nearest", n, 10, 8) for n in (1, 2, 3)], []
+
+    class Measured:
+        def __init__(self, contender):
+            asked.append(np.load(contender.settings["samples"]).shape)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self):
+            return {"seconds": 1.0, "ran": 1.0, "mib": 1.0}
+
+    monkeypatch.setattr(distances, "Worker", Measured)
+    monkeypatch.setattr(distances, "CELLS", cells)
+    monkeypatch.setattr(distances, "FILE", tmp_path / "distances.json")
+    monkeypatch.setattr(distances, "page", lambda rows: f"{len(rows)} cells")
+    commit = "abc1234"
+    monkeypatch.setattr(distances, "code", lambda: commit)
+
+    def call(*options):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["distances", *options])
+        distances.main()
+        rows = json.loads(distances.FILE.read_text())["rows"]
+        assert sorted(map(distances.cell_of, rows)) == cells
+        return [count for count, _ in asked]
+
+    assert call() == [1, 2, 3]
+    rows = json.loads(distances.FILE.read_text())["rows"]
+    distances.FILE.write_text(json.dumps({"rows": rows[1:]}))  # as a call that was cut leaves it
+    assert call() == [1]
+    assert call("--again") == [1, 2, 3]
+    commit = "def5678"
+    assert call() == [1, 2, 3]
+    commit = None  # changes that are in no commit
+    assert call() == call() == [1, 2, 3]
 
 
 def test_the_page_of_a_gpu_holds_what_was_finished_and_what_was_cut(tmp_path, monkeypatch):

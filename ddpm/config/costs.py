@@ -12,20 +12,33 @@ from pathlib import Path
 
 from ddpm.config.schema import Params
 
-CPU_RATE, GPU_RATE = 1e10, 5e11  # float64 operations per second: of a CPU thread, of a GPU; low, to be safe
+# Per second, of a CPU thread (an AMD EPYC with AVX2, beside other work) and of a GPU (low, to be safe; not measured).
+# Float64 operations of matrix products: by torch.addmm of 1,024 rows with 64 to 2,048 features; in reproducible runs
+# with MKL's compatible kernels. Pairs of images beyond their product (distance, kernel, rank): by pairs.compare of
+# 12,288 and of 16,384 images with 64 features.
+CPU_RATE, REPRODUCIBLE_RATE, GPU_RATE = 4e10, 9e9, 5e11
+CPU_PAIRS, GPU_PAIRS = 1.2e8, 2.5e9
 MOST_HOURS = 12
 NETWORK_FEATURES = 2048  # Inception's; few of timm's models have more
-BASE_MEMORY = 3 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/blocks.py
+BASE_MEMORY = 2 * 2**30  # bytes: the program, and blocks of ddpm/evaluation/blocks.py
 FLOOR_DRAWS, SPLITS, IMAGES_PER_FEATURE = 5, 4, 4  # of ddpm/evaluation/distances.py
-PER_PAIR = 200  # operations per pair of images beyond its inner product: its distance, its kernel, its rank
+# In units of the cost of a pair of a sample and a real image. A pair of one set is computed once, and ranked for both;
+# samples rank more neighbours. The nearest images take no kernel.
+REAL_PAIR, SAMPLE_PAIR, NEAREST_PAIR = 1, 4, 0.4
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate, right to a factor of about two: float64 operations, and the peak of memory in bytes."""
+    """An estimate, right to a factor of about two.
+
+    Attributes:
+        operations: in float64, of matrix products and decompositions. pairs: of images, weighted as by `REAL_PAIR`.
+        memory: the peak, in bytes.
+    """
 
     operations: float
     memory: float
+    pairs: float = 0
 
 
 def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, int]) -> Cost:
@@ -49,17 +62,18 @@ def evaluation_cost(params: Params, shape: Sequence[int], counts: Mapping[str, i
     pairs = [(samples, reference), (samples, train), (samples, test), (test, train)]
     pairs += [(count, reference) for count in further]
     sets = [samples, train, test, reference, *further, *alone]
+    cross, real, own, near = samples * reference, reference**2 / 2, samples**2 / 2, train * (samples + test)
     operations = (
         sum(2 * count * width**2 for count in sets if count > width)
         + sum(60 * width**3 for count in (reference, train, test) if count > width)  # the root of a covariance
         + sum(_pair(*pair, width, vectors=True).operations for pair in pairs)
         + sum(_pair(count, reference, width).operations for count in alone)
-        + (2 * width + PER_PAIR) * (samples**2 + reference**2 + samples * reference)  # kernels and neighbourhoods
-        + (2 * width + PER_PAIR) * train * (samples + test)  # nearest neighbours
+        + 2 * width * (cross + real + own + near)
     )
     kept = 16 * width**2 * sum(count > width for count in sets[:4])  # covariances and their roots
     features = (train + test + reference + 2 * samples) * width * (1 if pixels else 4)
-    return Cost(operations, BASE_MEMORY + kept + features + max(_pair(*pair, width).memory for pair in pairs))
+    memory = BASE_MEMORY + kept + features + max(_pair(*pair, width).memory for pair in pairs)
+    return Cost(operations, memory, cross + REAL_PAIR * real + SAMPLE_PAIR * own + NEAREST_PAIR * near)
 
 
 def _pair(a: int, b: int, width: int, vectors: bool = False) -> Cost:
@@ -91,8 +105,13 @@ def evaluation_faults(
     cost = evaluation_cost(params, shape, counts)
     available = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu = params.runtime.device == "cuda" or (params.runtime.device == "auto" and Path("/dev/nvidia0").exists())
-    hours = cost.operations / (GPU_RATE if gpu else CPU_RATE * (params.runtime.threads or os.cpu_count() or 1)) / 3600
-    p = params.evaluate
+    p, threads = params.evaluate, params.runtime.threads or os.cpu_count() or 1
+    rate = REPRODUCIBLE_RATE if params.runtime.reproducible else CPU_RATE
+    if gpu:
+        seconds = cost.operations / GPU_RATE + cost.pairs / GPU_PAIRS
+    else:
+        seconds = (cost.operations / rate + cost.pairs / CPU_PAIRS) / threads
+    hours = seconds / 3600
     reasons = []
     if cost.memory > available:
         reasons.append(f"about {cost.memory / 2**30:,.0f} GiB of memory, and this machine has {available / 2**30:,.0f}")

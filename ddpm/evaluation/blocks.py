@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.runtime.progress import Progress
+
 # Features in a block: 64 MiB of float64. glibc takes less than 32 MiB from a heap in which torch's aligned arrays leave
 # holes that no later array fits: the memory would grow with the set.
 BLOCK = 2**23
-PAIRS = 2**25  # distances in a block: 256 MiB
+TILE = 2**10  # rows and columns of a tile: 8 MiB of float64, which stay in the cache from one operation to the next
 
 
 def unit(features: np.ndarray) -> float:
@@ -26,19 +28,54 @@ def double(block: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(block)).to(device).double()  # np.array: torch wants writable memory
 
 
-def row_blocks(features: np.ndarray, others: int = 0) -> Iterator[slice]:
-    """Slices of rows: of at most `BLOCK` features each, or with `others` rows at most `PAIRS` pairs."""
-    size = max(1, PAIRS // others if others else BLOCK // max(1, features.shape[1]))
-    return (slice(start, min(start + size, len(features))) for start in range(0, len(features), size))
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def products(a: np.ndarray, b: np.ndarray, device: torch.device, means: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def row_blocks(features: np.ndarray) -> Iterator[slice]:
+    """Slices of rows, of at most `BLOCK` features each."""
+    return _slices(len(features), max(1, BLOCK // max(1, features.shape[1])))
+
+
+def tiles(
+    a: np.ndarray, b: np.ndarray | None, device: torch.device, name: str
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The inner products of all rows of a (N, D) with all rows of b (M, D), in squares of `TILE` rows and columns.
+
+    Args:
+        b: None for a itself: then only tiles on and below the diagonal, since those above it are the same.
+        name: of the progress, which counts pairs.
+
+    Yields:
+        The rows of a; those of b, in ascending order for each rows of a; and `products` of both, float64, in memory
+        that the next tile overwrites.
+    """
+    others = a if b is None else b
+    ends = [(rows, rows.stop if b is None else len(b)) for rows in _slices(len(a), TILE)]
+    space = torch.empty(min(TILE, len(a)), min(TILE, len(others)), dtype=torch.float64, device=device)
+    with Progress(sum((rows.stop - rows.start) * end for rows, end in ends), name, "pair") as bar:
+        for rows, end in ends:
+            for columns in _slices(end, TILE):
+                inner = space[: rows.stop - rows.start, : columns.stop - columns.start]
+                yield rows, columns, products(a[rows], others[columns], device, out=inner)
+                bar.update(inner.numel())
+
+
+def products(
+    a: np.ndarray,
+    b: np.ndarray,
+    device: torch.device,
+    means: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """The inner product of each row of a (N, D) with each row of b (M, D), in their own units: float64 (N, M).
 
     Args:
         means: subtracted from all rows of a and of b, float64 (D,) each.
+        out: takes the result, in place of new memory.
     """
-    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=device)
+    if out is None:
+        out = torch.empty(len(a), len(b), dtype=torch.float64, device=device)
     width = max(1, BLOCK // max(1, len(a)))
     for start in range(0, a.shape[1], width):
         columns = slice(start, start + width)
@@ -49,7 +86,7 @@ def products(a: np.ndarray, b: np.ndarray, device: torch.device, means: tuple[Te
             right = double(b[rows, columns], device)
             if means is not None:
                 right -= means[1][columns]
-            out[:, rows].addmm_(left, right.T)
+            out[:, rows].addmm_(left, right.T, beta=start > 0)  # the first part replaces what is there
     return out
 
 

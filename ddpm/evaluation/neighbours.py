@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from ddpm.evaluation import estimates
-from ddpm.evaluation.blocks import double, products, row_blocks, square_norms, unit
+from ddpm.evaluation.blocks import double, row_blocks, square_norms, tiles, unit
 from ddpm.evaluation.distances import CPU
 from ddpm.evaluation.estimates import UNDEFINED, Estimate
-from ddpm.runtime.progress import Progress
 
-POINTS = 2**14  # in a block
 COPY = 1 / 3  # nearer than this share of the distance to the second nearest
 
 
@@ -46,12 +44,12 @@ def nearest(queries: np.ndarray, points: np.ndarray, device: torch.device = CPU)
     """
     repeated = _repeated(points)
     norms = square_norms(points, device).masked_fill(torch.from_numpy(repeated).to(device), math.inf)
-    parts = []
-    with Progress(len(queries), "nearest images", "img") as bar:
-        for rows in row_blocks(queries, min(len(points), POINTS)):
-            parts.append(_two_nearest(queries[rows], points, norms, device).cpu().numpy())
-            bar.update(len(parts[-1]))
-    first, second = np.concatenate(parts).T
+    least = torch.full((len(queries), 2), math.inf, dtype=torch.float64, device=device)
+    index = torch.zeros(len(queries), 2, dtype=torch.int64, device=device)
+    for rows, columns, inner in tiles(queries, points, device, "nearest images"):
+        squares = inner.mul_(-2).add_(norms[columns])  # |p - q|^2 - |q|^2
+        _keep_two(least[rows], index[rows], squares, columns.start)
+    first, second = index.cpu().numpy().T
     distances = [_distance(queries, points, index, device) for index in (first, second)]
     if len(points) - repeated.sum() < 2:
         distances[1][:] = math.nan
@@ -69,20 +67,20 @@ def _repeated(points: np.ndarray) -> np.ndarray:
     return repeated
 
 
-def _two_nearest(queries: np.ndarray, points: np.ndarray, norms: Tensor, device: torch.device) -> Tensor:
-    """The indices of the two nearest points, int64 (N, 2); of several at the same distance, the first."""
-    least = torch.full((len(queries), 2), math.inf, dtype=torch.float64, device=device)
-    index = torch.zeros(len(queries), 2, dtype=torch.int64, device=device)
-    for start in range(0, len(points), POINTS):
-        some = slice(start, start + POINTS)
-        squares = products(queries, points[some], device).mul_(-2).add_(norms[some])  # |p - q|^2 - |q|^2
-        for _ in range(min(2, squares.shape[1])):
-            value, place = squares.min(dim=1, keepdim=True)
-            squares.scatter_(1, place, math.inf)
-            both, all_index = torch.cat([least, value], 1), torch.cat([index, place + start], 1)
-            order = both.sort(dim=1, stable=True).indices[:, :2]
-            least, index = both.gather(1, order), all_index.gather(1, order)
-    return index
+def _keep_two(least: Tensor, index: Tensor, values: Tensor, start: int) -> None:
+    """Keep the two least values of each row, (N, 2), and their indices, when values (N, M) are added, whose indices
+    begin at `start`; of several that are the same, the first.
+
+    After the first tiles few rows find a lesser value, and the least of each row tells which.
+    """
+    rows = (~(values.amin(1) >= least[:, 1])).nonzero()[:, 0]  # NaN is not passed over
+    some = values[rows]
+    for _ in range(min(2, some.shape[1])):
+        value, place = some.min(dim=1, keepdim=True)
+        some.scatter_(1, place, math.inf)
+        both, all_index = torch.cat([least[rows], value], 1), torch.cat([index[rows], place + start], 1)
+        order = both.sort(dim=1, stable=True).indices[:, :2]
+        least[rows], index[rows] = both.gather(1, order), all_index.gather(1, order)
 
 
 def _distance(queries: np.ndarray, points: np.ndarray, index: np.ndarray, device: torch.device) -> np.ndarray:

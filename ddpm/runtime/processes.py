@@ -105,13 +105,17 @@ def as_worker() -> Iterator[None]:
 
 
 def join() -> None:
-    """Connect to torchrun's other processes: by NCCL on GPUs where each process has a GPU of its own, else by gloo."""
+    """Connect to the other processes: by NCCL where each process of the run has a GPU of its own, else by gloo."""
     global _joined
     import torch
     import torch.distributed as dist
 
     gpu_each = int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()  # NCCL refuses two processes on one
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=TIMEOUT)
+    store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set(f"gpu_each_{rank}", str(gpu_each))  # machines may differ, and all have to choose the same
+    gpu_each = all(store.get(f"gpu_each_{other}") == b"True" for other in range(count))
+    backend = "cpu:gloo,cuda:nccl" if gpu_each else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     _joined = True
 
 

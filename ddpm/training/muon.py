@@ -12,6 +12,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iterati
 ITERATIONS = 5
 ENDS = ("conv_in.weight", "conv_out.weight", "class_embedding.weight")  # Adam's, as in Jordan et al. 2024
 
+# torch imports its compiler, which takes 2 s, to keep some functions of optimizers out of it. Nothing compiles them
+# here, so they are called as they are: torch looks in this attribute for what to call.
+for function in vars(Optimizer).values():
+    if hasattr(function, "__wrapped__"):
+        function.__wrapped__.__dynamo_disable = function.__wrapped__
+
 
 class Muon(Optimizer):
     """Muon for hidden matrices, Adam for the other parameters (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).

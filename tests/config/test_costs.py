@@ -64,6 +64,13 @@ def test_the_estimate_grows_with_all_that_is_measured():
     assert operations("evaluate.reference_images=3000") < base
 
 
+def test_a_reproducible_evaluation_is_refused_earlier():
+    large = ((64, 64, 3), 150_000, 1000, "sample.count=10000", "evaluate.reference=train")
+    assert faults(*large, "runtime.reproducible=false") == []
+    [(_, message)] = faults(*large, "runtime.reproducible=true")
+    assert "hours, and at most 12 are allowed" in message
+
+
 def test_a_smaller_reference_makes_a_large_set_measurable():
     large = ((64, 64, 3), 1_000_000, 1000, "sample.count=10000", "evaluate.reference=train")
     [(_, message)] = faults(*large)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from ddpm.evaluation import blocks, neighbours
+from ddpm.evaluation import blocks
 from ddpm.evaluation.neighbours import copies, memorisation_ratio, nearest
 from tests.evaluation.known import gaussian, pixels
 
@@ -80,12 +80,28 @@ def test_the_nearest_is_found_among_few_images(counts):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_of_points_at_the_same_distance_the_first_is_found(monkeypatch, dtype):
+    """Grey levels 0 and 1 at a few places make most distances equal, and rows equal."""
+    points, queries = ((pixels(n, dim=6, seed=n) // 128).astype(dtype) for n in (45, 20))
+    apart = np.square(queries[:, None].astype(float) - points).sum(2)
+    first = np.unique(points, axis=0, return_index=True)[1]
+    apart[:, np.setdiff1d(np.arange(45), first)] = np.inf  # of identical points only the first counts
+    order = np.argsort(apart, axis=1, kind="stable")[:, :2]
+    scale = 255 if dtype == np.uint8 else 1
+    for tile in (1, 2, 7, 20, 1024):
+        monkeypatch.setattr(blocks, "TILE", tile)
+        near = nearest(queries, points)
+        np.testing.assert_array_equal(near.place, order[:, 0])
+        for found, which in ((near.first, order[:, :1]), (near.second, order[:, 1:])):
+            np.testing.assert_allclose(found, np.sqrt(np.take_along_axis(apart, which, 1)[:, 0]) / scale, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_the_nearest_do_not_depend_on_the_size_of_a_block(monkeypatch, dtype):
     a, b = (digits()[rows].astype(dtype) for rows in (slice(0, 8), slice(100, 130)))
     expected = nearest(a, b)
     for block in (1, 7, 1000):
         monkeypatch.setattr(blocks, "BLOCK", block)
-        monkeypatch.setattr(blocks, "PAIRS", block)
-        monkeypatch.setattr(neighbours, "POINTS", block)
+        monkeypatch.setattr(blocks, "TILE", block)
         for found, known in zip(nearest(a, b), expected, strict=True):
             np.testing.assert_allclose(found, known, rtol=1e-9)

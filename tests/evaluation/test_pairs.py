@@ -120,12 +120,75 @@ def test_neighbours_beyond_those_kept_are_not_needed(monkeypatch):
     assert measure(a, b) == expected
 
 
+def brute_force(samples, real, k):
+    """The numbers from whole matrices of distances and kernels, by their definitions."""
+    a, b = (x.astype(np.float64) / (255 if x.dtype == np.uint8 else 1) for x in (samples, real))
+    apart = lambda x, y: np.square(x[:, None] - y).sum(2)  # noqa: E731
+    others = lambda m: (m.sum() - np.trace(m)) / len(m) / (len(m) - 1)  # noqa: E731
+    kernel = lambda x, y: (x @ y.T / a.shape[1] + 1) ** 3  # noqa: E731
+    reach = lambda x: np.sort(apart(x, x), axis=1)[:, k] + 1e-9  # noqa: E731  those on the edge are inside
+    found = (
+        {"kid": others(kernel(a, a)) + others(kernel(b, b)) - 2 * kernel(a, b).mean()}
+        if min(map(len, (a, b))) > 1
+        else {}
+    )
+    if len(b) > k:
+        inside = apart(a, b) <= reach(b)
+        found |= {
+            "precision": inside.any(1).mean(),
+            "density": inside.sum() / k / len(a),
+            "coverage": inside.any(0).mean(),
+        }
+    if len(a) > k:
+        found["recall"] = (apart(a, b) <= reach(a)[:, None]).any(0).mean()
+    return found
+
+
+def with_copies(n, start, dtype):
+    """Digits, of which the last ones are the first ones again."""
+    images = digits()[start : start + n]
+    images[n - n // 5 :] = images[: n // 5]
+    return images.astype(dtype)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_no_measure_depends_on_the_size_of_a_block(monkeypatch, dtype):
-    a, b = (digits()[rows].astype(dtype) for rows in (slice(0, 90), slice(90, 250)))
-    expected = measure(a, b)
-    for block in (1, 1000, 20_000):
-        monkeypatch.setattr(blocks, "BLOCK", block)
-        monkeypatch.setattr(blocks, "PAIRS", block)
-        for name, found in measure(a, b).items():
-            assert found == pytest.approx(expected[name], rel=1e-6, abs=1e-12), name
+@pytest.mark.parametrize("counts", [(90, 160), (64, 32), (33, 95), (1, 40), (40, 1), (3, 5), (5, 3)])
+def test_the_numbers_are_those_of_their_definitions(monkeypatch, counts, dtype):
+    samples, real = with_copies(counts[0], 0, dtype), with_copies(counts[1], 40, dtype)
+    expected = brute_force(samples, real, 3)
+    whole = measure(samples, real)
+    for tile in (1, 7, 32, 1024):
+        monkeypatch.setattr(blocks, "TILE", tile)
+        for name, found in measure(samples, real).items():
+            assert found.value == pytest.approx(expected.get(name, math.nan), rel=1e-9, abs=1e-9, nan_ok=True), name
+            assert found == pytest.approx(whole[name], rel=1e-6, abs=1e-12, nan_ok=True), name
+
+
+@pytest.mark.parametrize("tile", [7, 1024])
+def test_the_order_of_the_real_images_does_not_matter(monkeypatch, tile):
+    monkeypatch.setattr(blocks, "TILE", tile)
+    samples, real = with_copies(50, 0, np.uint8), with_copies(80, 30, np.uint8)
+    order = np.random.default_rng(0).permutation(80)
+    around, other = real_pairs(real, 3), real_pairs(real[order], 3)
+    np.testing.assert_array_equal(other.radii.numpy(), around.radii.numpy()[order])
+    expected = compare(samples, around, 3, 0)
+    for name, found in compare(samples, other, 3, 0).items():
+        assert found == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 1024])
+def test_images_on_the_edge_of_a_ball_are_inside(monkeypatch, tile):
+    monkeypatch.setattr(blocks, "TILE", tile)
+    images = pixels(150)
+    found = measure(images, images)
+    assert (found["precision"].value, found["recall"].value, found["coverage"].value) == (1, 1, 1)
+    assert found["density"].value == pytest.approx(4 / 3)  # each of 150 balls holds its own image and three more
+
+
+def test_broken_features_do_not_hide_the_others(monkeypatch):
+    monkeypatch.setattr(blocks, "TILE", 32)
+    images = gaussian(100)
+    expected = real_pairs(images, 3)
+    broken = np.concatenate([images, np.full((1, 8), math.nan)])
+    assert torch.equal(real_pairs(broken, 3).radii[:100], expected.radii)
+    assert math.isnan(real_pairs(broken, 3).kernel)

@@ -139,7 +139,7 @@ def test_two_revisions_open_with_their_numbers_and_what_differs(browser, page_of
     (distance,) = (row for row in numbers.locator("tr").all_inner_texts() if row.startswith("Fréchet distance"))
     assert re.fullmatch(r"Fréchet distance(\s+\d+\.\d+ ± \d+\.\d+){2}", distance)
     rows = {row.split()[0]: row.split()[1:] for row in params.locator("tbody tr").all_inner_texts()}
-    assert rows["train.steps"] == ["1200", "60"]
+    assert rows["train.steps"] == ["1200", "48"]
     assert "optimizer.lr" not in rows, "optimizer.lr is the same in both"
     page.close()
 

@@ -207,11 +207,16 @@ def test_more_processes_than_gpus_are_noted_in_one_line(monkeypatch, capsys, gpu
     assert capsys.readouterr().out == line * noted
 
 
-@pytest.mark.parametrize(("gpus_here", "backend"), [(0, "gloo"), (1, "gloo"), (2, "cpu:gloo,cuda:nccl")])
-def test_processes_that_share_a_gpu_do_not_use_nccl(monkeypatch, gpus_here, backend):
-    asked = []
+@pytest.mark.parametrize(
+    ("gpus_here", "others", "backend"),
+    [(0, "False", "gloo"), (1, "True", "gloo"), (2, "True", "cpu:gloo,cuda:nccl"), (2, "False", "gloo")],
+)
+def test_all_use_nccl_or_none_where_some_share_a_gpu(monkeypatch, gpus_here, others, backend):
+    asked, store = [], dist.HashStore()
+    store.set("gpu_each_1", others)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus_here)
-    monkeypatch.setattr(dist, "init_process_group", lambda kind, timeout: asked.append(kind))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda kind, **_: asked.append(kind))
     monkeypatch.setattr(processes, "_joined", False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     processes.join()

@@ -102,3 +102,13 @@ def test_a_fault_beside_the_data_is_reported_before_any_write(place: Path) -> No
     )
     assert done.stderr.count("\n") == 1
     assert sorted(path.name for path in place.iterdir()) == ["data", "params.yaml"]
+
+
+def test_a_start_loads_neither_the_compiler_nor_scipy(place: Path) -> None:
+    code = (
+        "import sys; from stages import train; from tests.support.stages import run; run(train); "
+        "print([name for name in ('torch._dynamo', 'scipy.optimize') if name in sys.modules])"  # 2 s
+    )
+    command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 VENV = Path(sys.executable).parents[1]
 INSTALLED = f"VENV='{VENV}' -o '{VENV}/.run' -o '{VENV}/.dev'"  # make treats this environment as up to date
 # one thread, as other tests run at the same time; fewer timesteps, each of which the bound evaluates
-SMOKE = ("-S", "+experiment=smoke", "-S", "runtime.threads=1", "-S", "diffusion.timesteps=100")
+SMOKE = ("-S", "+experiment=smoke", "-S", "train.steps=48", "-S", "runtime.threads=1", "-S", "diffusion.timesteps=100")
 
 
 class Clone:
