@@ -26,9 +26,8 @@ def test_no_block_leaves_memory_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the count of memory is Linux's")
-@pytest.mark.parametrize("width", [200, 1500])
-def test_no_tile_leaves_memory_behind(tmp_path: Path, width: int) -> None:
-    images = np.memmap(tmp_path / "images", np.uint8, "w+", shape=(12_000, width))
+def test_no_tile_leaves_memory_behind(tmp_path: Path) -> None:
+    images = np.memmap(tmp_path / "images", np.uint8, "w+", shape=(12_000, 200))
     before = held()
     for _ in tiles(images[:1000], images, CPU, "pairs"):
         assert held() - before < 150

@@ -152,12 +152,12 @@ def with_copies(n, start, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-@pytest.mark.parametrize("counts", [(90, 160), (64, 32), (33, 95), (1, 40), (40, 1), (3, 5), (5, 3)])
+@pytest.mark.parametrize("counts", [(25, 40), (32, 16), (17, 33), (1, 20), (20, 1), (3, 5), (5, 3)])
 def test_the_numbers_are_those_of_their_definitions(monkeypatch, counts, dtype):
     samples, real = with_copies(counts[0], 0, dtype), with_copies(counts[1], 40, dtype)
     expected = brute_force(samples, real, 3)
     whole = measure(samples, real)
-    for tile in (1, 7, 32, 1024):
+    for tile in (3, 16, 1024):
         monkeypatch.setattr(blocks, "TILE", tile)
         for name, found in measure(samples, real).items():
             assert found.value == pytest.approx(expected.get(name, math.nan), rel=1e-9, abs=1e-9, nan_ok=True), name
@@ -176,7 +176,7 @@ def test_the_order_of_the_real_images_does_not_matter(monkeypatch, tile):
         assert found == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
 
 
-@pytest.mark.parametrize("tile", [1, 7, 64, 1024])
+@pytest.mark.parametrize("tile", [7, 64, 1024])
 def test_images_on_the_edge_of_a_ball_are_inside(monkeypatch, tile):
     monkeypatch.setattr(blocks, "TILE", tile)
     images = pixels(150)
