@@ -339,11 +339,11 @@ def test_the_whole_pipeline_runs_on_the_pretended_gpu(tmp_path, monkeypatch, gpu
 @pytest.mark.parametrize("scale", [None, 2.0])
 def test_the_kernels_of_cuda_take_every_precision(monkeypatch, precision, scale):
     """By torch's own fake CUDA tensors, which have the casts of autocast, but neither values nor a backward pass."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     labelled = {"num_class_embeds": 4, "has_no_label": True} if scale else {}
     config = replace(small_unet(out_channels=2).config, **labelled)
-    with FakeTensorMode(allow_non_fake_inputs=True), CUDA:
+    with FakeTensorMode(allow_non_fake_inputs=True), CUDA:  # without a GPU it replaces what would ask the driver
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
         model, dtype = UNet(config), step.AUTOCAST.get(precision)
         diffusion = GaussianDiffusion(DiffusionConfig(50, "cosine", "v", learn_variance=True), CUDA)
         seen = []
