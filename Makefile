@@ -39,20 +39,20 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 	@echo && dvc metrics show
 	@echo && echo "Pictures to look at:" && ls -1 results/*/*.png results/train/pictures/*.png
 
-check: lint ## Lint, types, and the tests that run no whole training, no stage, no dvc and no second process
-	pytest -n 2 --dist worksteal -m "not process and not pipeline and not slow and not remote"
+check: lint ## Lint, types, and the quick tests: no whole training, no stage, no dvc, no second process
+	pytest -n 2 --dist worksteal -m "not heavy and not process and not pipeline and not slow and not remote"
 
 test: lint ## Lint, types, and the whole test suite with coverage
 	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
-test-stages: $(VENV)/.dev ## The tests of the suite that run trainings and stages, or start processes
-	pytest -n 2 --dist worksteal -m "process and not pipeline and not slow and not remote"
+test-stages: $(VENV)/.dev ## The tests of the suite that take a second, run trainings and stages, or start processes
+	pytest -n 2 --dist worksteal -m "(heavy or process) and not pipeline and not slow and not remote"
 
 test-pipeline: $(VENV)/.dev ## The tests of the suite that drive dvc in a clone
 	pytest -n 2 --dist worksteal -m "pipeline and not slow and not remote"
 
 test-slow: $(VENV)/.dev ## The slow tests
-	pytest -m slow
+	pytest -m "slow and not remote"
 
 test-remote: $(VENV)/.remote ## The tests against real servers, started on this machine: SSH, S3, PostgreSQL
 	@PATH="$$PATH:/usr/sbin"; command -v sshd >/dev/null || { echo "sshd is missing: apt-get install openssh-server"; exit 1; }

@@ -151,6 +151,7 @@ def test_a_line_of_the_board_has_its_commit_machine_and_error():
     assert "| Muon | digits, 0.04 | abc1234 | a fast one, torch 2.15.0 | 81.2 ± 4.6 |" in page
 
 
+@pytest.mark.heavy
 def test_ours_trains_and_draws_for_a_race(tmp_path):
     data, answers, requests = ours.prepared(tmp_path, "dataset=digits"), [], [2, None]
 
@@ -295,6 +296,7 @@ def test_the_count_of_memory_is_that_of_the_tensors_that_live_at_once():
     assert (peak.most, peak.now) == (8000, three.nbytes)
 
 
+@pytest.mark.heavy
 def test_a_step_under_fake_tensors_counts_weights_average_gradient_and_optimizer(monkeypatch):
     monkeypatch.setitem(memory.NETWORKS, ("small", 8), ["model.base_channels=128"])
     network = ours._network(ours.params("model=small", "model.base_channels=128"), 8, 3)

@@ -335,6 +335,7 @@ def test_the_whole_pipeline_runs_on_the_pretended_gpu(tmp_path, monkeypatch, gpu
     assert (tmp_path / "results/evaluate/metrics.json").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("precision", choices("precision"))
 @pytest.mark.parametrize("scale", [None, 2.0])
 def test_the_kernels_of_cuda_take_every_precision(monkeypatch, precision, scale):

@@ -106,6 +106,7 @@ def predictions(ours, theirs):
         return ours(x, t, labels), theirs(x, t, labels).sample
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "values",
     [

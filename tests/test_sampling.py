@@ -183,6 +183,7 @@ def whole_film(tmp_path_factory):
     return filmed(tmp_path_factory.mktemp("whole"), 50, 50)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 47, 48, 49])  # a strip of 6, a film of 48
 def test_strip_and_film_show_the_same_images_whatever_the_batch(tmp_path, whole_film, batch_size):
     whole_strip, whole_film, images = whole_film
@@ -202,6 +203,7 @@ def test_all_of_few_samples_are_shown(tmp_path, count):
     assert len(film[0]) == count
 
 
+@pytest.mark.heavy
 def test_many_steps_are_shown_at_moments_from_noise_to_image(tmp_path):
     strip, film, images = filmed(tmp_path, 3, 2, steps=200)
     assert strip.shape[1] == STRIP_COLUMNS

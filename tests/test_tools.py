@@ -1,5 +1,6 @@
 """The tools that `make` runs besides the stages: the lists in dvc.yaml, params.yaml, the tables and the pages."""
 
+import itertools
 import json
 import re
 import shlex
@@ -159,11 +160,11 @@ def test_the_jobs_of_ci_are_targets_that_together_run_the_suite():
     targets = [job["target"] for job in jobs["tests"]["strategy"]["matrix"]["include"]]
     recipes = [re.search(rf"^{target}:.*\n\tpytest .*-m \"(.*)\"$", makefile, re.MULTILINE) for target in targets]
     chosen = [recipe[1] for recipe in recipes if recipe]
-    assert len(chosen) == 3
-    for process in (False, True):
-        for pipeline in (False, True):
-            marks = {"process": process, "pipeline": pipeline, "slow": False, "remote": False}
-            assert sum(bool(eval(choice, marks)) for choice in chosen) == 1, marks
+    assert len(chosen) == len(targets)
+    names = ("heavy", "process", "pipeline", "slow")
+    for values in itertools.product((False, True), repeat=len(names)):
+        marks = dict(zip(names, values, strict=True), remote=False)
+        assert sum(bool(eval(choice, marks)) for choice in chosen) == 1, marks
 
 
 @pytest.mark.parametrize(

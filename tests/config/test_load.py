@@ -511,6 +511,7 @@ def holds(node, part):
     return isinstance(node, list) and isinstance(part, int) and part < len(node)
 
 
+@pytest.mark.heavy
 @settings(max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(MUTATION, min_size=1, max_size=4))
 def test_any_tree_is_valid_or_refused_line_by_line(mutations):

@@ -34,6 +34,7 @@ def drawn(name, steps, d, model, count=20_000, **options):
     return last.x
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "steps", "options"),
     [

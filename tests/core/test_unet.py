@@ -153,6 +153,7 @@ def configurations(draw):
     )
 
 
+@pytest.mark.heavy
 @settings(derandomize=True, deadline=None, max_examples=10)
 @given(configurations())
 def test_every_network_starts_at_zero_and_learns_everywhere(config):

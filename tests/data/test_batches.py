@@ -130,6 +130,7 @@ def test_a_batch_larger_than_the_folder_takes_all_images_alike():
     assert len(set(map(tuple, steps))) == 4
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_large_batch_is_the_same_after_a_stop_and_with_workers(workers):
     whole = drawn(0, 3, batch_size=120, transforms=JITTER)

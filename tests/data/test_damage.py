@@ -102,6 +102,7 @@ def test_a_hole_in_a_webp_is_found_with_animation_or_alpha(tmp_path: Path) -> No
         assert isinstance(decoded(whole[:middle] + bytes(start + 8 + size - middle), tmp_path), str)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("method", [0, 4])
 @pytest.mark.parametrize("lossless", [False, True])
 def test_zeros_in_an_intact_webp_are_no_hole(method: int, lossless: bool) -> None:

@@ -254,6 +254,7 @@ def test_a_picture_above_the_limit_is_refused_with_its_setting(tmp_path: Path) -
     assert not isinstance(decode_file(path, 8, 1, 1), str)
 
 
+@pytest.mark.heavy
 def test_a_large_picture_within_the_limit_gives_no_warning(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", Image.new("1", (20_000, 10_000), 1))  # 200 megapixels; Pillow refuses 179
     with warnings.catch_warnings():

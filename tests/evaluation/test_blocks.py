@@ -15,6 +15,7 @@ def held() -> int:
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) // 1024
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="the count of memory is Linux's")
 def test_no_block_leaves_memory_behind(tmp_path: Path) -> None:
     """Pixels of 32x32 colour images: blocks of a little less than 32 MiB once left 20 MiB each."""
@@ -25,6 +26,7 @@ def test_no_block_leaves_memory_behind(tmp_path: Path) -> None:
     assert held() - before < 200
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="the count of memory is Linux's")
 def test_no_tile_leaves_memory_behind(tmp_path: Path) -> None:
     images = np.memmap(tmp_path / "images", np.uint8, "w+", shape=(12_000, 200))

@@ -134,6 +134,7 @@ def test_the_distance_has_the_error_of_another_draw(mean, std):
     assert_covers(draw, None, times=120, widest=1.2 if mean else 1.6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.3, 1.2)])
 def test_extrapolation_covers_the_distance_of_infinite_samples(mean, std):
     real = Normal(REAL)
@@ -146,6 +147,7 @@ def test_extrapolation_covers_the_distance_of_infinite_samples(mean, std):
     assert_covers(draw, truth, times=120, widest=1.2 if mean else 1.6)
 
 
+@pytest.mark.heavy
 def test_the_floor_is_the_distance_of_resampled_real_images():
     real = Normal(digits())
     floor, smaller = distances.floor(real, 2000, seed=0), distances.floor(real, 500, seed=0)

@@ -61,6 +61,7 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("channels", [1, 3])
 def test_inception_features_come_from_the_given_weights_file(weights, channels):
     vectors = extract(photographs(3, channels=channels), "inception", weights)
@@ -69,6 +70,7 @@ def test_inception_features_come_from_the_given_weights_file(weights, channels):
     assert vectors.std(axis=0).max() > 0
 
 
+@pytest.mark.heavy
 def test_the_digest_is_that_of_the_weights_that_were_loaded(weights, monkeypatch):
     expected = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert opened("inception", weights).digest == expected
@@ -91,6 +93,7 @@ def models(tmp_path):
     return {name: write(name) for name in ("test_vit", "test_resnet")}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "interpolation"), [("test_vit", "bicubic"), ("test_resnet", "bilinear")])
 @pytest.mark.parametrize("size", [None, 64])
 def test_features_of_timm_are_those_of_its_model(models, name, interpolation, size):

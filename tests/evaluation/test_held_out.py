@@ -55,6 +55,7 @@ def photographs(count, size=8, channels=1):
     return np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_held_out_loss_depends_on_each_image_alone(learned):
     d = GaussianDiffusion(DiffusionConfig(100, "linear", "epsilon", learn_variance=learned))
@@ -156,6 +157,7 @@ def exact_network(d: GaussianDiffusion, std: float):
     return model
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_the_exact_networks_bound_is_the_entropy_of_the_data(prediction):
     images, entropy = gaussian_images(60, mean=127.5, std=30.0)
@@ -181,6 +183,7 @@ def test_the_rows_of_the_plot_sum_to_the_bound():
     assert [row["rate"] for row in rows] == sorted((row["rate"] for row in rows), reverse=True)
 
 
+@pytest.mark.heavy
 def test_a_fixed_variance_makes_the_bound_looser():
     images, entropy = gaussian_images(60, mean=127.5, std=30.0)
     d = GaussianDiffusion(DiffusionConfig(1000, "linear", "epsilon"))
@@ -204,6 +207,7 @@ def test_timesteps_at_once_are_given_the_labels_of_their_images():
     assert variational_bound(unet, d, other, batch_size=64, **options).bits_per_dim != several.bits_per_dim
 
 
+@pytest.mark.heavy
 def test_the_bound_has_the_error_of_its_images_in_any_batches():
     images, _ = gaussian_images(9, 127.5, 40.0)
     d = GaussianDiffusion(DiffusionConfig(20, "cosine", "v"))
@@ -229,6 +233,7 @@ def test_a_network_that_knows_nothing_has_a_worse_bound():
     assert (blind.terms > -1e-6).all()
 
 
+@pytest.mark.heavy
 def test_the_bound_does_not_depend_on_other_draws_and_repeats():
     images, _ = gaussian_images(5, 127.5, 40.0)
     d = GaussianDiffusion(DiffusionConfig(20, "cosine", "v"))
@@ -241,6 +246,7 @@ def test_the_bound_does_not_depend_on_other_draws_and_repeats():
     assert a.bits_per_dim == b.bits_per_dim != c.bits_per_dim
 
 
+@pytest.mark.heavy
 def test_the_bound_depends_on_each_image_alone():
     images, _ = gaussian_images(7, 127.5, 40.0)
     d = GaussianDiffusion(DiffusionConfig(6, "cosine", "v"))

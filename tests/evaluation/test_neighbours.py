@@ -14,6 +14,7 @@ def digits():
     return np.rint(load_digits().images * 255 / 16).astype(np.uint8).reshape(-1, 64)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_two_nearest_points_are_found_across_all_chunks(dtype):
     points, queries = gaussian(20_000, dim=2).astype(dtype), gaussian(1000, dim=2, seed=1).astype(dtype)
@@ -96,6 +97,7 @@ def test_of_points_at_the_same_distance_the_first_is_found(monkeypatch, dtype):
             np.testing.assert_allclose(found, np.sqrt(np.take_along_axis(apart, which, 1)[:, 0]) / scale, rtol=1e-12)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_the_nearest_do_not_depend_on_the_size_of_a_block(monkeypatch, dtype):
     a, b = (digits()[rows].astype(dtype) for rows in (slice(0, 8), slice(100, 130)))

@@ -70,6 +70,7 @@ def drawn(seed, n=200):
     return ATOMS[np.random.default_rng(seed).integers(0, len(ATOMS), n)]
 
 
+@pytest.mark.heavy
 def test_kid_precision_and_density_cover_the_known_truth():
     truth = measure(ATOMS, REAL)  # over all points of the sampler: precision and density are means over samples
     found = [measure(drawn(seed), REAL) for seed in range(60)]
@@ -81,6 +82,7 @@ def test_kid_precision_and_density_cover_the_known_truth():
     assert_covers(lambda seed: found[seed]["kid"], expected, times=60)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["recall", "coverage"])
 def test_recall_and_coverage_have_the_error_of_another_draw(name):
     around = real_pairs(gaussian(150, dim=4), 3)

@@ -24,7 +24,8 @@ def cached(clone: Clone) -> dict[str, str]:
     return {str(path): hashlib.md5(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("link", ["symlink", pytest.param("hardlink", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["symlink", "hardlink"])
 def test_no_stage_writes_through_a_link_into_the_cache(smoke_run: Path, tmp_path: Path, link: str) -> None:
     clone = Clone(tmp_path / "clone")
     shutil.copytree(smoke_run, clone.folder)

@@ -10,6 +10,7 @@ from tests.robustness.kills import Ground
 from tests.support.clones import SMOKE, Clone, git_clone
 
 
+@pytest.mark.slow  # a minute; tests/stages/test_pipeline.py kills the stages themselves
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_a_run_killed_under_every_command_ends_in_the_same_bytes(smoke: Clone, tmp_path: Path) -> None:
     git_clone(smoke.folder, tmp_path / "clone")

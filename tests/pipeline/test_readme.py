@@ -245,7 +245,7 @@ LONG = {
     "lock": "uv pip compile",
     "speedrun": "python -m benchmarks.speedrun",
     "test-remote": "pytest -m remote",
-    "test-slow": "pytest -m slow",
+    "test-slow": 'pytest -m "slow and not remote"',
     "verify": "python -m tests.robustness.verify",
     "verify-cpu": "python -m tests.robustness.cpus",
 }

@@ -203,6 +203,7 @@ def test_other_faults_are_left_alone():
         raise RuntimeError("shapes do not fit")
 
 
+@pytest.mark.heavy
 def test_peak_memory_includes_memory_that_was_freed():
     assert peak_memory(torch.device("cpu")) > 0.05
     torch.ones(2**27)  # half a GiB

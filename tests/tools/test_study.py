@@ -23,6 +23,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "new/journal") if request.param == "journal" else f"sqlite:///{tmp_path}/trials.db"
 
 
+@pytest.mark.heavy
 def test_a_restarted_worker_resumes_its_trial_with_its_values(address):
     trial = study(open_storage(address)).next()
     again = study(open_storage(address))

@@ -84,6 +84,7 @@ def _checked(mine: torch.Tensor, rows: list[torch.Tensor], rank: int) -> torch.T
     return torch.cat(rows)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stratified", [True, False])
 def test_a_stratified_batch_spreads_its_timesteps_evenly(stratified):
     setup = SimpleNamespace(

@@ -22,6 +22,7 @@ def network(**changes: int) -> UNet:
     return model.eval()
 
 
+@pytest.mark.heavy
 def test_the_loss_is_the_same_each_time_and_for_every_batch_size():
     model = network()
     measure = HeldOutLoss(split(50), DIFFUSION, 0, 64)

@@ -73,6 +73,7 @@ def test_a_resumed_fp16_run_ends_in_the_same_bytes(tmp_path, optimizer):
     assert replayed.logged == curves.logged
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("overflows")
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon", "sgd"])
 def test_a_step_that_overflows_changes_no_weight_and_no_momentum(recwarn, optimizer):
@@ -96,6 +97,7 @@ def test_a_step_that_overflows_changes_no_weight_and_no_momentum(recwarn, optimi
     assert not [text for warning in recwarn if "lr_scheduler" in (text := str(warning.message))]
 
 
+@pytest.mark.heavy
 def test_gradients_that_overflow_at_any_scale_end_the_training(tmp_path, monkeypatch):
     original = torch.amp.GradScaler.scale
     monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: original(self, loss) * (
