@@ -108,11 +108,12 @@ def test_two_processes_have_the_curve_samples_and_metrics_of_one(place):
     assert not list((place / ".state").iterdir())
 
 
+@pytest.mark.slow  # a minute each
 @pytest.mark.parametrize(
     ("name", "code", "line"),
     [
         ("SIGKILL", 1, "process 1 of the run was ended by SIGKILL"),
-        pytest.param("SIGTERM", 143, "stopped by SIGTERM", marks=pytest.mark.slow),
+        ("SIGTERM", 143, "stopped by SIGTERM"),
     ],
 )
 def test_a_run_with_a_killed_process_resumes_in_the_same_bytes(place, name, code, line):
@@ -148,6 +149,7 @@ def on_two_machines(place: Path, *overrides: str) -> str:
     return finish(first) + finish(second)
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one(place):
     assert on_two_machines(place, "runtime.launcher=torchrun", "runtime.processes=1").count("one of 2 processes") == 1
     assert len(loss_curve(place)) == 12
