@@ -15,7 +15,7 @@ SEARCH ?=
 IMAGES ?=
 WHAT ?=
 .DEFAULT_GOAL := help
-.PHONY: help repro check test test-stages test-pipeline test-slow test-remote bench speedrun gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
+.PHONY: help repro check test coverage test-stages test-pipeline test-slow test-remote bench speedrun gpu verify verify-cpu kills fuzz lint plots images curves exps verdict search states params deps lock
 
 # DVC starts the stages as `python`: the environment has to come first on PATH
 # (no $(abspath): it splits a folder's name at a space)
@@ -42,7 +42,10 @@ repro: $(VENV)/.run ## Run the pipeline where something changed, then show the m
 check: lint ## Lint, types, and the quick tests: no whole training, no stage, no dvc, no second process
 	pytest -n 2 --dist worksteal -m "not heavy and not process and not pipeline and not slow and not remote"
 
-test: lint ## Lint, types, and the whole test suite with coverage
+test: lint ## Lint, types, and the whole test suite
+	pytest -n 2 --dist worksteal
+
+coverage: $(VENV)/.dev ## The test suite, and the share of the lines that it runs: at least 90 %
 	pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 test-stages: $(VENV)/.dev ## The tests of the suite that take a second, run trainings and stages, or start processes

@@ -240,6 +240,7 @@ def dry_run(printed: str) -> Verified:
 
 LONG = {
     "bench": "python -m benchmarks",
+    "coverage": "pytest -n 2 --dist worksteal --cov",
     "gpu": "python -m benchmarks.gpu",
     "kills": "python -m tests.robustness.kills",
     "lock": "uv pip compile",
